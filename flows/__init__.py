@@ -1,0 +1,1 @@
+"""Prefect flows: a loop over a run's stages."""

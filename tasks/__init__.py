@@ -1,0 +1,1 @@
+"""Prefect tasks: call the library, publish artifacts for the UI."""
