@@ -1,1 +1,32 @@
-"""The command line: one file per verb."""
+"""The command line: one file per verb. A verb's file adds itself to the application when it is imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+VERBS = ("init", "run", "plan", "stage", "serve", "status", "log", "why", "trace", "methods", "schema", "registry")
+"""The verbs in the order in which `--help` lists them."""
+
+
+def main() -> None:
+    """Entry point of the `ftpipe` command. Exit status: 0 done, 1 a stage failed, 2 the command or configuration is wrong, 130 interrupted."""
+    from ftpipe.cli._app import app
+    from ftpipe.errors import ConfigError, FtpipeError
+
+    for verb in VERBS:
+        importlib.import_module(f"ftpipe.cli.{verb}")
+    try:
+        app()
+    except FtpipeError as error:
+        if os.environ.get("FTPIPE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

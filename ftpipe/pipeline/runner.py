@@ -122,7 +122,8 @@ class Run:
         work.mkdir(parents=True, exist_ok=True)
         began, started = time.monotonic(), _now()
         with store.building(planned.kind, planned.key) as out:
-            log, handler = _stage_log(name, out / LOG)
+            log_path = self.store.workspace / "logs" / self.id / f"{name.replace('/', '__')}.log"
+            log, handler = _stage_log(name, log_path)
             ctx = StageContext(name=name, key=planned.key, out=out, work=work, inputs=inputs, env=self.pipeline.env, log=log, listener=self.listener)
             try:
                 log.info("%s (%s) starts: %s", name, planned.kind, planned.reason)
@@ -132,6 +133,7 @@ class Run:
             finally:
                 log.removeHandler(handler)
                 handler.close()
+            shutil.copyfile(log_path, out / LOG)
             notes = {"started": started, "seconds": round(time.monotonic() - began, 3), "run": self.id, "host": socket.gethostname()} | ctx.notes
             artifact = store.commit(out, kind=planned.kind, name=name, key=planned.key, material=material(self.pipeline, name, inputs),
                                     inputs=inputs, counts=ctx.counts, meta=ctx.meta, notes=notes)
@@ -183,12 +185,19 @@ def runs(workspace: Path) -> list[dict[str, Any]]:
     return found
 
 
+def log_files(workspace: Path) -> list[tuple[str, str, Path]]:
+    """(run id, stage name, path) of every stage's log, newest run first."""
+    found = sorted((workspace / "logs").glob("*/*.log"), key=lambda p: (p.parent.name, p.name), reverse=True)
+    return [(p.parent.name, p.stem.replace("__", "/"), p) for p in found]
+
+
 def command(pipeline: Pipeline, stage: str | None = None) -> str:
     """The command line that runs this pipeline, or resumes it at a stage."""
     return f"ftpipe run {pipeline.source or 'CONFIG'}" + (f" --from {stage}" if stage else "")
 
 
 def _stage_log(name: str, path: Path) -> tuple[logging.Logger, logging.Handler]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger(f"ftpipe.stage.{name}")
     log.setLevel(logging.INFO)
     handler = logging.FileHandler(path, encoding="utf-8")

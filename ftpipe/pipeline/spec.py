@@ -117,26 +117,44 @@ def load(path: str | Path, *, overrides: dict[str, Any] | None = None) -> Pipeli
     """Read and check a pipeline file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file. Its key `extends` may name another file, relative to it, whose values it starts from; mappings are merged.
         overrides: values by dotted path (`{"stages.adapter.epochs": 2}`), set after reading.
 
     Raises:
         ConfigError: with file, line, field and remedy.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path), remedy="`ftpipe init` writes a first configuration") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
-    data, lines = read_yaml(text, str(path))
+    data, lines = _read(path, ())
     for dotted, value in (overrides or {}).items():
         _set(data, dotted, value)
     return build(data, base=path.parent, source=path, lines=lines)
 
 
-def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None = None, lines: dict[Path_, int] | None = None) -> Pipeline:
+def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Path_, str]]:
+    """A file's data merged over the one it extends, and the place ("file:line") of each key and item."""
+    if path.resolve() in children:
+        raise ConfigError("the file extends itself", where=str(children[-1]))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        where, remedy = (str(children[-1]), f"it extends {path}") if children else (str(path), "`ftpipe init` writes a first configuration")
+        raise ConfigError("no such file", where=where, remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
+    data, places = read_yaml(text, str(path))
+    if isinstance(data, dict) and "extends" in data:
+        parent, parent_places = _read(path.parent / str(data.pop("extends")), (*children, path.resolve()))
+        return _merge(parent, data), parent_places | places
+    return data, places
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {k: _merge(old[k], v) if k in old else v for k, v in new.items()}
+    return new
+
+
+def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None = None, lines: dict[Path_, str] | None = None) -> Pipeline:
     """A pipeline from plain data (what the YAML holds). See `load` for errors."""
     lines, file = lines or {}, str(source) if source else "config"
     if not isinstance(data, dict):
@@ -168,7 +186,7 @@ def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None =
     return Pipeline(settings, stages, groups, env, source)
 
 
-def _stage(name: str, fields: Any, settings: Settings, lines: dict[Path_, int], file: str) -> Stage:
+def _stage(name: str, fields: Any, settings: Settings, lines: dict[Path_, str], file: str) -> Stage:
     where = ("stages", name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ConfigError(f"{name!r} cannot be a stage's name", where=_at(file, lines, where), remedy="use letters, digits, '-' and '_'")
@@ -190,13 +208,13 @@ def _stage(name: str, fields: Any, settings: Settings, lines: dict[Path_, int], 
         raise _explain(error, cls, where, lines, file) from error
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], prefix: Path_, lines: dict[Path_, int], file: str) -> ConfigError:
+def _explain(error: ValidationError, cls: type[BaseModel], prefix: Path_, lines: dict[Path_, str], file: str) -> ConfigError:
     """The first error of a validation in words, with the line of the nearest thing that has one."""
     first = error.errors()[0]
-    where = prefix + tuple(p for p in first["loc"])
+    where = prefix + tuple(first["loc"])
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, slots.InvalidMethod):
-        return _explain(cause.error, cause.cls, where + (cause.cls.name(),), lines, file)
+        return _explain(cause.error, cause.cls, (*where, cause.cls.name()), lines, file)
     field = ".".join(str(p) for p in where)
     if first["type"] == "extra_forbidden":
         owner = _model_at(cls, first["loc"][:-1])
@@ -228,27 +246,27 @@ def _describe(cls: type[BaseModel], loc: Path_) -> str:
     return (info.description or "").rstrip(".") if info else ""
 
 
-def _at(file: str, lines: dict[Path_, int], where: Path_) -> str:
+def _at(file: str, lines: dict[Path_, str], where: Path_) -> str:
     while where and where not in lines:
         where = where[:-1]
-    return f"{file}:{lines[where]}" if where in lines else file
+    return lines.get(where, file)
 
 
-def read_yaml(text: str, file: str) -> tuple[Any, dict[Path_, int]]:
-    """The file's data, and the line (from 1) of every key and item by its path. Raises ConfigError for bad YAML and repeated keys."""
+def read_yaml(text: str, file: str) -> tuple[Any, dict[Path_, str]]:
+    """The file's data, and the place (file and line, from 1) of every key and item by its path. Raises ConfigError for bad YAML and repeated keys."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=f"{file}:{mark.line + 1}" if mark else file) from error
-    lines: dict[Path_, int] = {}
+    lines: dict[Path_, str] = {}
     if node is not None:
         _walk(node, (), lines, file)
     return data, lines
 
 
-def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: str) -> None:
+def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, str], file: str) -> None:
     if isinstance(node, yaml.MappingNode):
         own = set()
         for key, value in node.value:
@@ -259,12 +277,12 @@ def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: str) -> N
             if key.value in own:
                 raise ConfigError(f"key {key.value!r} is written twice", where=f"{file}:{key.start_mark.line + 1}", remedy="keep one of them")
             own.add(key.value)
-            lines[path + (key.value,)] = key.start_mark.line + 1
-            _walk(value, path + (key.value,), lines, file)
+            lines[(*path, key.value)] = f"{file}:{key.start_mark.line + 1}"
+            _walk(value, (*path, key.value), lines, file)
     elif isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            lines[path + (i,)] = item.start_mark.line + 1
-            _walk(item, path + (i,), lines, file)
+            lines[(*path, i)] = f"{file}:{item.start_mark.line + 1}"
+            _walk(item, (*path, i), lines, file)
 
 
 def _set(data: Any, dotted: str, value: Any) -> None:

@@ -1,0 +1,51 @@
+"""`ftpipe status`: the last runs and how their stages went."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ftpipe.cli._app import DEFAULT_WORKSPACE, Json, Workspace, app
+
+
+@app.command()
+def status(
+    run_id: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; without it the latest runs.", show_default=False)] = None,
+    last: Annotated[int, typer.Option("--last", "-n", min=1, help="How many runs to list.")] = 10,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: Json = False,
+) -> None:
+    """Show the latest runs, or the stages of one run."""
+    from rich.table import Table
+
+    from ftpipe.cli._console import console
+    from ftpipe.errors import ConfigError
+    from ftpipe.pipeline.runner import runs
+
+    found = runs(workspace)
+    if run_id:
+        found = [r for r in found if r["id"].startswith(run_id)]
+        if not found:
+            raise ConfigError(f"no run {run_id!r} in {workspace}", remedy="`ftpipe status` lists them")
+    if as_json:
+        typer.echo(json.dumps(found[:last], indent=1))
+        return
+    if not found:
+        console.print(f"no runs in {workspace}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    if run_id:
+        for column in ("stage", "state", "seconds", "why", "key"):
+            table.add_column(column, overflow="fold")
+        for name, s in found[0]["stages"].items():
+            table.add_row(name, s["state"], f"{s['seconds']:.1f}", s.get("reason") or s.get("error", ""), s.get("key", "")[:12])
+    else:
+        for column in ("run", "pipeline", "state", "started", "built", "reused", "what happened"):
+            table.add_column(column, overflow="fold")
+        for r in found[:last]:
+            states = [s["state"] for s in r["stages"].values()]
+            failed = next((f"{n}: {s['error']}" for n, s in r["stages"].items() if s["state"] in ("failed", "cancelled")), "")
+            table.add_row(r["id"], r["pipeline"], r["state"], r["started"], str(states.count("built")), str(states.count("reused")), failed)
+    console.print(table)

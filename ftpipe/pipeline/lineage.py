@@ -1,0 +1,134 @@
+"""Questions to the store: what was decided about a row, and which rows made an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ftpipe.artifacts import DECISIONS, Artifact
+from ftpipe.errors import ConfigError, nearest
+from ftpipe.pipeline.store import Store
+from ftpipe.tables import connect
+
+
+def current(store: Store, pipeline: str | None = None) -> dict[str, list[Artifact]]:
+    """For each pipeline, the artifact that each stage last had."""
+    found: dict[str, list[Artifact]] = {}
+    for path in sorted((store.workspace / "last").glob("*/*.json")):
+        if pipeline is None or path.parent.name == pipeline:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            artifact = store.find(entry["kind"], entry["key"])
+            if artifact:
+                found.setdefault(path.parent.name, []).append(artifact)
+    return {name: _ordered(artifacts) for name, artifacts in found.items()}
+
+
+def why(workspace: Path, row: str, pipeline: str | None = None) -> list[dict[str, Any]]:
+    """What each step of the latest run decided about the rows whose id starts with `row`.
+
+    Returns one entry per pipeline and row: pipeline, row_id, source, line, split, group, text, decisions (step, kept, reason, score, keeper, in the
+    pipeline's order) and seen (stage, key, times). Raises ConfigError if no row has this id.
+    """
+    found = []
+    for name, artifacts in current(Store(workspace), pipeline).items():
+        with connect() as con:
+            for origin in _rows(con, [a for a in artifacts if a.has("rows.parquet")], row):
+                exact = origin["row_id"]
+                decisions = [d for a in artifacts if a.has(DECISIONS) for d in _where(con, a.file(DECISIONS), exact)]
+                seen = [{"stage": a.name, "key": a.key, "times": s["times"]} for a in artifacts if a.has("seen.parquet")
+                        for s in _where(con, a.file("seen.parquet"), exact)]
+                found.append({"pipeline": name, **origin, "decisions": decisions, "seen": seen})
+            if not found:
+                for a in artifacts:
+                    if a.has("quarantine.parquet"):
+                        found += _quarantined(con, name, a, row)
+    if not found:
+        raise ConfigError(f"no row with id {row!r} in {workspace}", remedy="`ftpipe trace ADAPTER` lists the rows of an adapter")
+    return found
+
+
+def trace(workspace: Path, adapter: str) -> dict[str, Any]:
+    """The rows that made an adapter.
+
+    Args:
+        adapter: registered NAME, NAME@VERSION or NAME@ALIAS; a stage's name; or an artifact key of 8 digits or more.
+
+    Returns:
+        stage, key, and rows: row_id, times, source, line, group, text, most seen first.
+    """
+    artifact = _adapter(Store(workspace), adapter)
+    rows = [str(a.file("rows.parquet")) for a in artifact.ancestors() if a.has("rows.parquet")]
+    with connect() as con:
+        listed = _dicts(con.execute(
+            f"select s.row_id, s.times::bigint as times, r.source, r.line, r.\"group\", {_TEXT} as text from read_parquet($seen) s "
+            "join read_parquet($rows, union_by_name = true) r using (row_id) order by s.times desc, s.row_id",
+            {"seen": str(artifact.file("seen.parquet")), "rows": rows}))
+    return {"stage": artifact.name, "key": artifact.key, "rows": listed}
+
+
+_TEXT = "coalesce(r.text, array_to_string(list_transform(r.messages, lambda m: m.role || ': ' || m.content), chr(10)))"
+
+
+def _rows(con, artifacts: list[Artifact], prefix: str) -> list[dict[str, Any]]:
+    if not artifacts or len(prefix) < 8:
+        if artifacts:
+            raise ConfigError(f"{prefix!r} is too short for a row id", remedy="give at least 8 digits")
+        return []
+    return _dicts(con.execute(
+        f"select row_id, source, line, split, \"group\", {_TEXT} as text from read_parquet($files, union_by_name = true) r "
+        "where row_id = $row or starts_with(row_id, $row) order by row_id limit 20",
+        {"files": [str(a.file("rows.parquet")) for a in artifacts], "row": prefix}))
+
+
+def _where(con, path: Path, row_id: str) -> list[dict[str, Any]]:
+    return _dicts(con.execute("select * from read_parquet($file) where row_id = $row", {"file": str(path), "row": row_id}))
+
+
+def _quarantined(con, pipeline: str, artifact: Artifact, prefix: str) -> list[dict[str, Any]]:
+    """A row that could not be read has a decision and a place in quarantine, but no text of its own."""
+    decisions = _dicts(con.execute("select * from read_parquet($file) where starts_with(row_id, $row) limit 20",
+                                   {"file": str(artifact.file(DECISIONS)), "row": prefix}))
+    return [{"pipeline": pipeline, "row_id": d["row_id"], "source": artifact.name, "line": 0, "split": "none", "group": "", "text": "(could not be read)",
+             "decisions": [d], "seen": []} for d in decisions]
+
+
+def _dicts(result) -> list[dict[str, Any]]:
+    return result.to_arrow_table().to_pylist()
+
+
+def _adapter(store: Store, text: str) -> Artifact:
+    """The training artifact that a registered name, a stage's name or a key stands for."""
+    last = [a for artifacts in current(store).values() for a in artifacts if a.has("seen.parquet")]
+    named = [a for a in last if text in (a.name, f"{a.name}@last")]
+    if named:
+        return named[-1]
+    if len(text) >= 8 and all(c in "0123456789abcdef" for c in text):
+        return store.get(text)
+    from ftpipe import registry
+    from ftpipe.stages.base import Environment
+
+    model, _, which = text.partition("@")
+    env = Environment(workspace=store.workspace.absolute(), base=store.workspace.absolute(), pipeline="")
+    known = registry.list_models(env)
+    if model not in known:
+        raise ConfigError(f"no adapter {text!r}", remedy=nearest(text, [*known, *(a.name for a in last)]))
+    keys = registry.show(env, model, which or "champion")["lineage"]
+    return next(a for a in (store.get(k) for k in keys) if a.has("seen.parquet"))
+
+
+def _ordered(artifacts: list[Artifact]) -> list[Artifact]:
+    """Inputs before what was made of them."""
+    keys = {a.key: a for a in artifacts}
+    done: dict[str, Artifact] = {}
+
+    def visit(artifact: Artifact) -> None:
+        if artifact.key not in done:
+            for entry in artifact.manifest["inputs"].values():
+                if entry["key"] in keys:
+                    visit(keys[entry["key"]])
+            done[artifact.key] = artifact
+
+    for artifact in artifacts:
+        visit(artifact)
+    return list(done.values())
