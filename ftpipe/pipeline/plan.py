@@ -40,7 +40,7 @@ def material(pipeline: Pipeline, name: str, inputs: dict[str, Artifact]) -> dict
         "kind": stage.name(),
         "params": stage.key_fields(),
         "inputs": {ref: a.content for ref, a in inputs.items()},
-        "externals": stage.externals(pipeline.env),
+        "externals": stage.externals(pipeline.env) | stage.input_externals(pipeline.env, inputs),
         "code": fingerprint(modules),
         "libraries": {"python": ".".join(platform.python_version_tuple()[:2])} | {lib: library(lib) for lib in libraries},
     }

@@ -159,6 +159,10 @@ class Stage(Method):
         """
         return {}
 
+    def input_externals(self, env: Environment, inputs: dict[str, Artifact]) -> dict[str, Any]:
+        """Like `externals`, for what can only be told once the inputs are known: the champion that this very candidate has to beat."""
+        return {}
+
     def key_fields(self) -> dict[str, Any]:
         """The settings that enter the key. Leave out what cannot change the result (number of progress lines, device names)."""
         return self.model_dump(mode="json")
