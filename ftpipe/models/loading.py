@@ -1,0 +1,138 @@
+"""Base models: identity (without loading anything), a folder transformers can read, the tokenizer, and the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ftpipe.canonical import digest
+from ftpipe.errors import ConfigError
+from ftpipe.models.hashes import cached_digest
+from ftpipe.models.locate import Source, locate, weight_files
+from ftpipe.stages.base import Environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+                   "tokenizer.model", "spiece.model")
+NO_TEMPLATE = "none"
+DType = Literal["bfloat16", "float32"]
+
+
+def identity(model: str, env: Environment) -> dict[str, str]:
+    """What a base model is, as hashes.
+
+    Returns `model` (as written), and SHA-256 (64 hex digits) of `weights`, `config`, `tokenizer` and `chat_template` (`none` if the tokenizer has no
+    template); for a hub id also `revision`, the commit. A GGUF file holds all four, so each is the hash of the whole file. Nothing is loaded; file hashes are
+    remembered in `env.cache` by path, size and modification time. Raises ConfigError for a model that does not exist or cannot be had.
+    """
+    source = locate(model, env)
+    if source.gguf:
+        sha256 = cached_digest(source.gguf, env.cache)
+        return {"model": model, "weights": sha256, "config": sha256, "tokenizer": sha256, "chat_template": sha256}
+    folder = source.folder
+    weights = {p.name: cached_digest(p, env.cache) for p in weight_files(folder)}
+    found = {"model": model, "weights": digest(weights), "config": cached_digest(folder / "config.json", env.cache), **_tokenizer(folder, env)}
+    return found | ({"revision": source.revision} if source.revision else {})
+
+
+def _tokenizer(folder: Path, env: Environment) -> dict[str, str]:
+    """Hashes of a folder's tokenizer without its chat template, and of the template, wherever it is written."""
+    files: dict[str, Any] = {name: cached_digest(folder / name, env.cache) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if not files:
+        raise ConfigError("the model folder has no tokenizer", where=str(folder), remedy="copy tokenizer.json and tokenizer_config.json of the model into it")
+    template = None
+    if "tokenizer_config.json" in files:
+        settings = _json(folder / "tokenizer_config.json")
+        template = settings.pop("chat_template", None)
+        files["tokenizer_config.json"] = digest(settings)
+    templates = [p for p in (folder / "chat_template.jinja", folder / "chat_template.json") if p.is_file()]
+    templates += sorted(folder.glob("additional_chat_templates/*.jinja"))
+    if templates:
+        template = {p.name: cached_digest(p, env.cache) for p in templates}
+    return {"tokenizer": digest(files), "chat_template": digest(template) if template else NO_TEMPLATE}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path), remedy="copy the model again") from error
+
+
+def folder(model: str, env: Environment) -> Path:
+    """A folder that transformers loads with `from_pretrained`; a GGUF model is converted once, into the workspace's cache (see `convert`)."""
+    source = locate(model, env)
+    if source.gguf is None:
+        return source.folder
+    from ftpipe.models.convert import converted
+
+    return converted(source.gguf, cached_digest(source.gguf, env.cache), env.cache / "models")
+
+
+def load_tokenizer(model: str, env: Environment) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with its own chat template."""
+    from transformers import AutoTokenizer
+
+    where = folder(model, env)
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {error}", where=str(where)) from error
+
+
+def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", device: str | None = None) -> PreTrainedModel:
+    """The causal language model, in evaluation mode, without a key-value cache unless asked for.
+
+    Args:
+        dtype: floating-point type of the weights.
+        device: torch device; by default `cuda` if there is one, else `cpu`.
+    Raises ConfigError for a model that transformers cannot load (unknown architecture, or code of its own: such code is never run).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    where = folder(model, env)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(where, attn_implementation="sdpa", **options)
+        except (ValueError, ImportError) as error:
+            if "attention" not in str(error) and "sdpa" not in str(error).lower():
+                raise
+            loaded = AutoModelForCausalLM.from_pretrained(where, **options)  # an architecture without sdpa takes its own default
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"the model {model!r} cannot be loaded: {str(error)[:500]}", where=str(where)) from error
+    loaded.config.use_cache = False
+    return loaded.to(device or default_device()).eval()
+
+
+def default_device() -> str:
+    """`cuda` if torch sees a GPU, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_adapted(model: str, env: Environment, adapter: Path, *, dtype: DType = "bfloat16", device: str | None = None, allow_zero: bool = False) -> Any:
+    """The base model with an adapter on it, in evaluation mode, after the checks of `adapters.checked`.
+
+    Args:
+        adapter: folder with `ftpipe_adapter.json` and safetensors.
+        allow_zero: load an adapter that changes nothing (one that training left where it started) instead of raising ArtifactError.
+    """
+    from ftpipe import slots
+    from ftpipe.models.adapters import checked
+
+    base = load_model(model, env, dtype=dtype, device="cpu")
+    manifest = checked(adapter, identity(model, env), base, allow_zero=allow_zero)
+    method: Any = slots.parse("train/adapt", manifest["method"])
+    loaded = method.load(base, Path(adapter))
+    return loaded.to(device or default_device()).eval()
+
+
+__all__ = ["Source", "default_device", "folder", "identity", "load_adapted", "load_model", "load_tokenizer", "locate"]
