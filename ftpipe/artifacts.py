@@ -109,8 +109,13 @@ class Artifact:
         """Why this artifact must not be used, or None. `deep` compares hashes, otherwise sizes only."""
         try:
             files = self.manifest["files"]
+            rest = {k: v for k, v in self.manifest.items() if k != "checksum"}
+            if self.manifest["checksum"] != digest(rest) or not self.path.name.endswith(self.key[:16]):
+                return "the manifest is not what was written"
         except ArtifactError as error:
             return error.what
+        except (KeyError, TypeError):
+            return "the manifest is not what was written"
         for name, entry in files.items():
             path = self.path / name
             if not path.is_file():

@@ -13,7 +13,7 @@ app = typer.Typer(name="ftpipe", no_args_is_help=True, add_completion=False, ric
                   help="From raw text to a registered adapter for a language model, with every row accounted for.")
 
 Config = Annotated[Path, typer.Argument(help="Pipeline file (YAML).", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a value of the file, such as stages.adapter.epochs=2; may be repeated.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a value of the file (stages.adapter.epochs=2); may be repeated.")]
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", envvar="FTPIPE_WORKSPACE", help="Folder that holds artifacts, caches and the registry.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

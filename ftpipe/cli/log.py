@@ -12,7 +12,7 @@ from ftpipe.cli._app import DEFAULT_WORKSPACE, Workspace, app
 @app.command()
 def log(
     stage: Annotated[str, typer.Argument(help="Stage name.", show_default=False)],
-    run_id: Annotated[str | None, typer.Option("--run", metavar="RUN", help="A run's id or its beginning; by default the last run that ran this stage.")] = None,
+    run_id: Annotated[str | None, typer.Option("--run", metavar="RUN", help="A run's id or its beginning; by default the last that ran this stage.")] = None,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Print the log of a stage, also of one that failed or is at work now."""

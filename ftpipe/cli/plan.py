@@ -20,7 +20,8 @@ def plan(config: Config, set_: Set = None, as_json: Json = False) -> None:
     pipeline.check()
     planned = make_plan(pipeline, Store(pipeline.env.workspace))
     if as_json:
-        typer.echo(json.dumps([{"stage": p.name, "kind": p.kind, "action": "RUN" if p.run else "REUSE", "reason": p.reason, "key": p.key} for p in planned], indent=1))
+        listed = [{"stage": p.name, "kind": p.kind, "action": "RUN" if p.run else "REUSE", "reason": p.reason, "key": p.key} for p in planned]
+        typer.echo(json.dumps(listed, indent=1))
         return
     from ftpipe.cli._console import console, plan_table
 

@@ -14,7 +14,7 @@ def run(
     config: Config,
     from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start at this stage; what comes before must exist.")] = None,
     to: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Run this stage even if nothing changed (`all` for every one); may be repeated.")] = None,
+    force: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Run this stage even if nothing changed (or `all`); may be repeated.")] = None,
     set_: Set = None,
     prefect: Annotated[bool, typer.Option(help="Run as a Prefect flow, seen in its UI; --no-prefect runs the same stages without it.")] = True,
 ) -> None:
@@ -47,7 +47,8 @@ def execute(config, *, only=None, start=None, to=None, force=(), changes=None, p
                 done.execute(at)
             done.close()
     except FtpipeError as error:
-        raise type(error)(error.what, where=error.where, remedy="\n  -> ".join(filter(None, [error.remedy, f"then resume with: {command(pipeline, at)}"]))) from error
+        remedy = "\n  -> ".join(filter(None, [error.remedy, f"then resume with: {command(pipeline, at)}"]))
+        raise type(error)(error.what, where=error.where, remedy=remedy) from error
     print_summary(done)
 
 
@@ -55,5 +56,6 @@ def print_summary(done) -> None:
     """The table that a run ends with."""
     from ftpipe.cli._console import console
 
-    built = sum(s["state"] == "built" for s in done.record["stages"].values())
-    console.print(f"\nrun {done.id}: {built} of {len(done.record['stages'])} stages ran" if built else f"\nrun {done.id}: nothing to do, all {len(done.record['stages'])} stages reused")
+    states = [s["state"] for s in done.record["stages"].values()]
+    built = states.count("built")
+    console.print(f"\nrun {done.id}: " + (f"{built} of {len(states)} stages ran" if built else f"nothing to do, all {len(states)} stages reused"))

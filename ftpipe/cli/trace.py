@@ -12,7 +12,7 @@ from ftpipe.cli._app import DEFAULT_WORKSPACE, Json, Workspace, app
 
 @app.command()
 def trace(
-    adapter: Annotated[str, typer.Argument(help="Registered NAME, NAME@VERSION or NAME@ALIAS, a training stage's name, or an artifact key.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="Registered NAME, NAME@VERSION or NAME@ALIAS, a training stage, or an artifact key.", show_default=False)],
     limit: Annotated[int, typer.Option(min=1, help="How many rows to print.")] = 20,
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: Json = False,

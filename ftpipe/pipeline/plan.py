@@ -53,7 +53,7 @@ def plan_stage(pipeline: Pipeline, name: str, store: Store, inputs: dict[str, Ar
     key = digest(made_of)
     found = store.find(stage.name(), key)
     if found is not None:
-        problem = found.problem(deep=found.size() <= DEEP_LIMIT)
+        problem = found.problem(deep=False) or (found.problem() if found.size() <= DEEP_LIMIT else None)
         if problem:
             return Planned(name, stage.name(), True, problem, key, altered=problem)
         gone = stage.still_true(found, pipeline.env) if stage.side_effects else None
@@ -71,7 +71,8 @@ def plan(pipeline: Pipeline, store: Store, *, force: set[str] = frozenset()) -> 
     for name, stage in pipeline.stages.items():
         waiting = [r for r in stage.refs() if done[r].artifact is None]
         if waiting:
-            done[name] = Planned(name, stage.name(), True, f"input {waiting[0]} is made again" if _last(store, pipeline).get(name) else f"waits for {waiting[0]}")
+            again = _last(store, pipeline).get(name) is not None
+            done[name] = Planned(name, stage.name(), True, f"input {waiting[0]} is made again" if again else f"waits for {waiting[0]}")
             continue
         inputs = {r: done[r].artifact for r in stage.refs()}
         planned = plan_stage(pipeline, name, store, inputs, force=name in force)
@@ -90,7 +91,7 @@ def _last(store: Store, pipeline: Pipeline) -> dict[str, Artifact]:
     for path in (store.workspace / "last" / pipeline.name).glob("*.json"):
         entry = json.loads(path.read_text(encoding="utf-8"))
         artifact = store.find(entry["kind"], entry["key"])
-        if artifact:
+        if artifact and not artifact.problem(deep=False):
             found[path.stem.replace("__", "/")] = artifact
     return found
 

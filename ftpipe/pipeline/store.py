@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ftpipe.artifacts import LOG, MANIFEST, MANIFEST_VERSION, Artifact, content_of, hash_files
+from ftpipe.canonical import digest
 from ftpipe.errors import ArtifactError, InfrastructureError
 
 
@@ -75,12 +76,9 @@ class Store:
         return Artifact(found[0], self.get)
 
     def find(self, kind: str, key: str) -> Artifact | None:
-        """The finished artifact of this kind and key, or None."""
+        """The finished artifact of this kind and key, or None. It may have been altered since: see `Artifact.problem`."""
         folder = self.folder(kind, key)
-        if not (folder / MANIFEST).exists():
-            return None
-        artifact = Artifact(folder, self.get)
-        return artifact if artifact.key == key else None
+        return Artifact(folder, self.get) if (folder / MANIFEST).exists() else None
 
     def all(self) -> list[Artifact]:
         """Every finished artifact."""
@@ -123,6 +121,7 @@ class Store:
             "inputs": {ref: {"key": a.key, "content": a.content, "name": a.name, "kind": a.kind} for ref, a in inputs.items()},
             "counts": counts, "meta": meta, "notes": notes, "files": files,
         }
+        manifest["checksum"] = digest(manifest)
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8")
         for path in out.rglob("*"):
             if path.is_file():

