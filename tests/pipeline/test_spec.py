@@ -43,7 +43,7 @@ def test_mistakes_are_named_with_their_line(project: Path, old: str, new: str, l
 def test_stages_that_wait_for_each_other_are_named(project: Path) -> None:
     file = project / "pipeline.yaml"
     file.write_text(file.read_text().replace("rows: numbers", "rows: bigger"))
-    with pytest.raises(ConfigError, match="wait for each other: .*big"):
+    with pytest.raises(ConfigError, match=r"wait for each other: .*big"):
         spec.load("pipeline.yaml")
 
 
