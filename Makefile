@@ -1,6 +1,7 @@
 # make quickstart   set up, then run the main job: curate, train, evaluate, gate, register, report
 # make test         set up, then run every test
 # make lint         check style
+# make docs         build the reference from the docstrings into docs/reference
 # make lock         resolve all dependencies anew and pin what was found (see CONTRIBUTING.md)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test lint lock clean
+.PHONY: setup quickstart test lint docs lock clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -32,6 +33,9 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check .
+
+docs: setup
+	$(BIN)/python -m pdoc --output-directory docs/reference ftpipe flows tasks
 
 # torch brings the CUDA packages of its platform itself, so they and its build tag stay out of the lock.
 lock:
