@@ -1,0 +1,1 @@
+"""Methods that keep or drop each row on its own merits."""

@@ -1,0 +1,1 @@
+"""Methods that decide how often each row is seen."""

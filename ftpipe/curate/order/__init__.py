@@ -1,0 +1,1 @@
+"""Methods that decide when each row is seen."""

@@ -1,0 +1,1 @@
+"""Methods that annotate every row and drop none."""

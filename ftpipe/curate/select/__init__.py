@@ -1,0 +1,1 @@
+"""Methods that choose rows up to a budget."""

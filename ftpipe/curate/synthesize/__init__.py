@@ -1,0 +1,1 @@
+"""Methods that make new rows from those there are."""
