@@ -1,0 +1,1 @@
+"""Decoding: how the next token is chosen from the logits."""
