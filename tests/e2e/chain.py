@@ -1,0 +1,96 @@
+"""The whole chain on a tiny model: the quickstart's stages over rows made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny import make_tiny_model
+
+WORDS = ["river", "stone", "lamp", "green", "seven", "walk", "table", "quiet", "north", "paper", "glass", "bread", "cloud", "small", "open", "red", "yard",
+         "wheel", "south", "wood"]
+
+
+def make_project(folder: Path, *, rows: int = 90) -> Path:
+    """Write model, data and pipeline.yaml below `folder`. A third of the rows are learnable (the answer repeats the question's words),
+    and there are exact and near duplicates, a broken line and a row whose answer is empty."""
+    make_tiny_model(folder / "model")
+    rng = random.Random(5)
+    lines = []
+    for i in range(rows):
+        words = rng.sample(WORDS, 6)
+        answer = " ".join(words) if i % 3 == 0 else " ".join(rng.sample(WORDS, 8))
+        lines.append(json.dumps({"prompt": f"Say it: {' '.join(words)}", "completion": answer, "topic": f"topic{i % 12}"}))
+    lines += [lines[0], lines[3], '{"prompt": "cut in ha', json.dumps({"prompt": "nothing to learn", "completion": "", "topic": "topic1"})]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "pipeline.yaml").write_text(PIPELINE)
+    return folder
+
+
+PIPELINE = """
+name: chain
+model: model
+seed: 3
+stages:
+  ingest:
+    source: {jsonl: {path: rows.jsonl}}
+    group_by: topic
+    heldout: {by: group, share: 0.2}
+  audit: {kind: label_audit, rows: ingest, max_tokens: 400}
+  pool:
+    kind: curate
+    rows: audit
+    steps: [exact_dedup, minhash: {threshold: 0.8}, decontaminate]
+  warmup_rows: {kind: curate, rows: pool, steps: [random: {budget: {rows: 12}}]}
+  reference: {kind: train, rows: warmup_rows, learning_rate: 1.0e-3, batch_tokens: 512}
+  curated:
+    kind: curate
+    rows: pool
+    steps:
+      - perplexity: {keep: 0.9}
+      - lobass: {reference: reference, budget: {share: 0.8}}
+      - sensitivity_sampling: {clusters: 6, budget: {tokens: 3000}}
+  adapter: &training {kind: train, rows: curated, learning_rate: 3.0e-2, epochs: 2, batch_tokens: 512, checkpoint_every: 1}
+  random_rows: {kind: curate, rows: pool, steps: [random: {budget: {like: curated}}]}
+  random: {<<: *training, rows: random_rows}
+  evaluate: {rows: audit, candidate: adapter, controls: {random: random}, examples: 1}
+  gate:
+    evaluation: evaluate
+    rules:
+      - {name: beats the base, suite: heldout_loss, against: base, require: better}
+      - {name: beats the champion, suite: heldout_loss, against: champion, require: better}
+      - {name: selection helps, suite: heldout_loss, against: random, require: better, required: false}
+  register: {verdict: gate, adapter: adapter, evaluation: evaluate}
+  report: {evaluation: evaluate, verdict: gate, registration: register, adapter: adapter, controls: [random]}
+"""
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from ftpipe import cli; cli.main()", *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def ftpipe(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command of the command line in `folder`."""
+    done = subprocess.run(command(*words), cwd=folder, env=environment(), capture_output=True, text=True, timeout=400)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def last_run(folder: Path) -> dict:
+    """The record of the newest run."""
+    return json.loads(max((folder / ".ftpipe" / "runs").glob("*.json"), key=lambda p: p.stat().st_mtime_ns).read_text())
+
+
+def adapter_hash(folder: Path, stage: str = "adapter") -> str:
+    """SHA-256 of the weights that a training stage last made, as its manifest has it."""
+    entry = json.loads((folder / ".ftpipe" / "last" / "chain" / f"{stage}.json").read_text())
+    manifest = json.loads((folder / ".ftpipe" / "store" / f"train-{entry['key'][:16]}" / "manifest.json").read_text())
+    return manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]

@@ -1,0 +1,151 @@
+"""From rows to a registered adapter, whole: reuse, rerun, refusal, and kill -9 in each stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.chain import adapter_hash, command, environment, ftpipe, last_run, make_project
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose pipeline has run to its end, unbroken. Tests that change it work on a copy."""
+    folder = make_project(tmp_path_factory.mktemp("chain"))
+    ftpipe(folder, "run", "pipeline.yaml", "--no-prefect")
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished project, with its file times."""
+    return Path(shutil.copytree(finished, tmp_path / "copy", copy_function=shutil.copy2))
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {name: s["state"] for name, s in last_run(folder)["stages"].items()}
+
+
+def test_it_ends_with_a_registered_version_and_a_report(finished: Path) -> None:
+    assert last_run(finished)["state"] == "succeeded"
+    listed = json.loads(ftpipe(finished, "registry", "list", "--json").stdout)
+    assert [(v["name"], int(v["version"]), v["aliases"]) for v in listed] == [("chain", 1, ["champion"])]
+    page = next((finished / ".ftpipe" / "store").glob("report-*/report.html")).read_text()
+    assert "chain" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_rows_are_accounted_for_from_source_to_adapter(finished: Path) -> None:
+    traced = json.loads(ftpipe(finished, "trace", "chain@champion", "--json").stdout)
+    assert traced["stage"] == "adapter" and traced["rows"]
+    row = traced["rows"][0]
+    told = json.loads(ftpipe(finished, "why", row["row_id"][:12], "--json").stdout)[0]
+    assert told["source"].endswith("rows.jsonl") and told["line"] == row["line"]
+    assert [d["step"].split("/")[-1] for d in told["decisions"]][:3] == ["ingest", "audit", "exact_dedup"]
+    assert sum(s["times"] for s in told["seen"] if s["stage"] == "adapter") == row["times"]
+    ingest = json.loads(next((finished / ".ftpipe" / "store").glob("ingest-*/manifest.json")).read_text())["counts"]
+    assert ingest["rows_in"] == 94 and sum(n for k, n in ingest.items() if k.startswith("dropped")) >= 1  # the line that was cut in half
+
+
+def test_second_run_runs_nothing_and_loads_nothing_heavy(copy: Path) -> None:
+    began = time.monotonic()
+    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect")
+    assert set(states(copy).values()) == {"reused"}
+    assert time.monotonic() - began < 15  # a bound for a loaded machine; torch alone would take longer
+    planned = json.loads(ftpipe(copy, "plan", "pipeline.yaml", "--json").stdout)
+    assert {p["action"] for p in planned} == {"REUSE"}
+
+
+def test_changed_threshold_reruns_that_step_and_what_follows(copy: Path) -> None:
+    planned = json.loads(ftpipe(copy, "plan", "pipeline.yaml", "--json", "--set", "stages.curated.steps.2.sensitivity_sampling.clusters=5").stdout)
+    run = [p["stage"] for p in planned if p["action"] == "RUN"]
+    assert run == ["curated/sensitivity_sampling", "adapter", "random_rows/random", "random", "evaluate", "gate", "register", "report"]
+    assert "clusters 6 → 5" in next(p["reason"] for p in planned if p["stage"] == "curated/sensitivity_sampling")
+
+
+def test_one_edited_row_is_scored_alone(copy: Path) -> None:
+    lines = (copy / "rows.jsonl").read_text().splitlines()
+    kept = [d["row_id"] for d in json.loads(ftpipe(copy, "trace", "adapter", "--json").stdout)["rows"]]
+    told = json.loads(ftpipe(copy, "why", kept[0], "--json").stdout)[0]
+    row = json.loads(lines[told["line"] - 1])
+    lines[told["line"] - 1] = json.dumps(row | {"completion": row["completion"] + " indeed"})
+    (copy / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--to", "curated/perplexity")
+    manifest = json.loads(max((copy / ".ftpipe" / "store").glob("curate_step-*/manifest.json"), key=lambda p: p.stat().st_mtime_ns).read_text())
+    assert manifest["name"] == "curated/perplexity"
+    assert manifest["notes"]["scored"] == 1 and manifest["notes"]["cached"] > 40
+
+
+def test_training_that_learns_nothing_is_refused(copy: Path) -> None:
+    done = ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--set", "stages.adapter.learning_rate=0.0")
+    assert "refused" in done.stdout.lower()
+    listed = json.loads(ftpipe(copy, "registry", "list", "--json").stdout)
+    assert [int(v["version"]) for v in listed] == [1]
+
+
+@pytest.mark.parametrize("stage", ["ingest", "audit", "pool/minhash", "reference", "curated/perplexity", "curated/lobass", "curated/sensitivity_sampling"])
+def test_killed_once_in_a_stage_then_finished(finished: Path, tmp_path: Path, stage: str) -> None:
+    """The cheap half: kill in one stage, run that stage again, and find the artifact of the unbroken run."""
+    broken = make_broken(finished, tmp_path)
+    kill_in(broken, stage, random.Random(stage).uniform(0.0, 0.6))
+    ftpipe(broken, "run", "pipeline.yaml", "--no-prefect", "--to", stage)
+    assert contents(broken)[stage] == contents(finished)[stage]
+
+
+def test_killed_in_training_evaluation_and_registration_same_bytes_in_the_end(finished: Path, tmp_path: Path) -> None:
+    broken = make_broken(finished, tmp_path)
+    rng = random.Random(11)
+    for stage, longest in (("adapter", 9.0), ("adapter", 12.0), ("random", 6.0), ("evaluate", 4.0), ("register", 2.0), ("report", 0.5)):
+        kill_in(broken, stage, rng.uniform(0.0, longest))
+    ftpipe(broken, "run", "pipeline.yaml", "--no-prefect")
+    assert adapter_hash(broken) == adapter_hash(finished)
+    assert adapter_hash(broken, "random") == adapter_hash(finished, "random")
+    listed = json.loads(ftpipe(broken, "registry", "list", "--json").stdout)
+    assert [(int(v["version"]), v["aliases"]) for v in listed] == [(1, ["champion"])]
+
+
+def make_broken(finished: Path, tmp_path: Path) -> Path:
+    """The same project with an empty workspace."""
+    return Path(shutil.copytree(finished, tmp_path / "broken", ignore=shutil.ignore_patterns(".ftpipe"), copy_function=shutil.copy2))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The content hash of the artifact that each stage last had."""
+    found = {}
+    for path in (folder / ".ftpipe" / "last" / "chain").glob("*.json"):
+        entry = json.loads(path.read_text())
+        manifest = json.loads((folder / ".ftpipe" / "store" / f"{entry['kind']}-{entry['key'][:16]}" / "manifest.json").read_text())
+        found[path.stem.replace("__", "/")] = manifest["content"]
+    return found
+
+
+def kill_in(folder: Path, stage: str, after: float) -> None:
+    """Start a run, wait until it is in `stage`, let `after` seconds pass and kill it with SIGKILL. No process may be left 20 s later."""
+    import psutil
+
+    known = set((folder / ".ftpipe" / "logs").glob("*"))
+    child = subprocess.Popen(command("run", "pipeline.yaml", "--no-prefect"), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while child.poll() is None:
+        assert time.monotonic() < deadline, f"{stage} did not start"
+        new = set((folder / ".ftpipe" / "logs").glob("*")) - known
+        if any((run / f"{stage.replace('/', '__')}.log").exists() for run in new):
+            break
+        time.sleep(0.02)
+    else:
+        raise AssertionError(f"the run ended before {stage}: {child.stderr.read().decode()[-2000:]}")
+    time.sleep(after)
+    family = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, f"left over after the flow was killed: {alive}"
