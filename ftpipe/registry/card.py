@@ -1,0 +1,59 @@
+"""The model card of a version: README.md in the hub's schema, filled from the artifacts and from nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def card(name: str, *, base: dict[str, Any], method: dict[str, Any], verdict: dict[str, Any], comparisons: list[dict[str, Any]],
+         lineage: list[dict[str, Any]], peft: bool) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        base: identity of the base model. `base_model` is set only if it was named by hub id: the hub refuses anything else.
+        method: `{name: settings}` of the adapter. peft: whether plain PEFT can load it.
+        verdict: the gate's `verdict.json`. comparisons: the evaluation's `comparisons.json`.
+        lineage: `{name, kind, key, counts}` of each stage, nearest first.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    hub_id = base.get("model", "") if base.get("revision") else None
+    own = [c for c in comparisons if c["a"] == "adapter" and c["b"] == "base"]
+    results = [EvalResult(task_type="text-generation", dataset_type=c["suite"], dataset_name=c["suite"], metric_type=c["metric"], metric_name=c["metric"],
+                          metric_value=round(c["mean_a"], 6)) for c in own]
+    data = ModelCardData(model_name=name, base_model=hub_id, library_name="peft" if peft else "ftpipe", pipeline_tag="text-generation",
+                         tags=["ftpipe", *(["base_model:adapter:" + hub_id] if hub_id else []), *method], eval_results=results or None)
+    if hub_id:
+        data.base_model_relation = "adapter"
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *_about(base, method), "## Evaluation\n", *_results(comparisons), "## Verdict\n",
+                      *[f"* {r['text']}" for r in verdict["rules"]], "", "## Data and lineage\n", *_lineage(lineage),
+                      "Every file's SHA-256 is in `manifest.json`. `ftpipe trace` lists the rows that made this adapter, and how often each was seen.\n"])
+
+
+def _about(base: dict[str, Any], method: dict[str, Any]) -> list[str]:
+    (kind, settings), = method.items()
+    shown = ", ".join(f"{k} {v}" for k, v in settings.items() if not isinstance(v, (dict, list)) or len(str(v)) < 80)
+    return [f"An adapter made with `{kind}`{f' ({shown})' if shown else ''} for `{base.get('model', 'an unnamed base')}`.\n", "| base | SHA-256 |", "|---|---|",
+            *[f"| {part} | `{base[part]}` |" for part in ("weights", "config", "tokenizer", "chat_template", "revision") if base.get(part)], ""]
+
+
+def _results(comparisons: list[dict[str, Any]]) -> list[str]:
+    rows = ["| suite | metric | adapter | against | its value | better by | interval | items |", "|---|---|---|---|---|---|---|---|"]
+    for c in comparisons:
+        if c["a"] == "adapter":
+            span = "unbounded" if c["low"] is None or c["high"] is None else f"{c['low']:+.4f} to {c['high']:+.4f}"
+            rows.append(f"| {c['suite']} | {c['metric']} | {c['mean_a']:.4f} | {c['b']} | {c['mean_b']:.4f} | {c['difference']:+.4f} | {span} | {c['n']} |")
+    return [*rows, ""]
+
+
+def _lineage(lineage: list[dict[str, Any]]) -> list[str]:
+    rows = ["| stage | kind | key | rows |", "|---|---|---|---|"]
+    for stage in lineage:
+        counts = "; ".join(f"{_safe(k)} {v}" for k, v in stage["counts"].items())
+        rows.append(f"| {stage['name']} | {stage['kind']} | `{stage['key'][:16]}` | {counts} |")
+    return [*rows, ""]
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[|\n]", " ", text)
