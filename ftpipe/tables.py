@@ -1,4 +1,4 @@
-"""DuckDB, opened the same way everywhere: bounded memory, spilling to disk, no order promised."""
+"""DuckDB, opened the same way everywhere: bounded memory, spilling to disk."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def connect(spill: Path | None = None, *, memory: str | None = None, threads: in
     import psutil
 
     with tempfile.TemporaryDirectory(prefix="duckdb-", dir=spill) as folder:
+        # preserve_insertion_order stays on: without it DuckDB 2.0 hands the batches of `execute(... order by ...).to_arrow_table()` over in the
+        # order in which its threads finish.
         con = duckdb.connect(":memory:", config={
             "memory_limit": memory or os.environ.get("FTPIPE_DUCKDB_MEMORY") or f"{psutil.virtual_memory().total // 2**21}MB",
-            "temp_directory": folder, "preserve_insertion_order": False, "threads": threads or len(os.sched_getaffinity(0)),
+            "temp_directory": folder, "preserve_insertion_order": True, "threads": threads or len(os.sched_getaffinity(0)),
             "autoinstall_known_extensions": False, "autoload_known_extensions": False,
         })
         try:
