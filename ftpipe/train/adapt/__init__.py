@@ -1,0 +1,1 @@
+"""Methods that decide what trains and from where it starts."""

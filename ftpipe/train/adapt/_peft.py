@@ -1,0 +1,103 @@
+"""What all methods share that PEFT implements: wrapping, fp32 masters, and an adapter folder that plain PEFT loads."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftpipe.errors import ArtifactError, ConfigError
+from ftpipe.train.adapt.base import Adapt
+from ftpipe.train.run import Run
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class PeftAdapt(Adapt):
+    """A tuner of PEFT. A subclass says which by `config`, and adds what PEFT leaves out by the other hooks."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("peft", "transformers", "torch")
+    support: ClassVar[tuple[str, ...]] = ("ftpipe.train.adapt._peft",)
+
+    @abstractmethod
+    def config(self) -> PeftConfig:
+        """PEFT's configuration of the tuner."""
+
+    def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        from peft import get_peft_model
+
+        config = self.config()
+        config.base_model_name_or_path = run.identity.get("model", "")
+        try:
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"PEFT cannot put {self.name()} on this model: {str(error)[:500]}", remedy="change its settings, target_modules first") from error
+        wrapped.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return wrapped
+
+    def without(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        return model.disable_adapter()
+
+    def keeps(self, model: torch.nn.Module) -> list[str]:
+        prefix = getattr(model.base_model, "prefix", "")
+        return [n for n, p in model.named_parameters() if prefix and prefix in n and not p.requires_grad]
+
+    def save(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+        from peft.utils import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        # Buffers of a tuner (fixed projections, index sets) belong to the adapter as much as what was trained.
+        whole = {n: b.detach().cpu() for n, b in model.named_buffers()} | dict(state)
+        chosen = get_peft_model_state_dict(model, state_dict=whole, adapter_name="default", save_embedding_layers=False)
+        if not chosen:
+            raise ArtifactError(f"PEFT found nothing to save for {self.name()}", where=str(folder))
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in sorted(chosen.items())}, folder / WEIGHTS, metadata={"format": "pt"})
+        config = model.peft_config["default"].to_dict()
+        config["inference_mode"] = True
+        (folder / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        from peft import PeftConfig, PeftModel
+        from peft.utils import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        config.init_lora_weights = getattr(config, "init_lora_weights", None) if config.peft_type != "LORA" else True
+        loaded = PeftModel(model, config, autocast_adapter_dtype=False)
+        found = set_peft_model_state_dict(loaded, load_file(folder / WEIGHTS))
+        if found.unexpected_keys:
+            raise ArtifactError(f"the adapter has tensors that {self.name()} does not know: {', '.join(found.unexpected_keys[:3])}", where=str(folder))
+        missing = [k for k in found.missing_keys if loaded.base_model.prefix in k]
+        if missing:
+            raise ArtifactError(f"the adapter lacks {len(missing)} tensors, the first is {missing[0]}", where=str(folder))
+        return loaded.eval()
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        try:
+            return model.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise ConfigError(f"{self.name()} cannot be merged into the base model: {error}", remedy="keep the adapter beside the base") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON in one fixed form: PEFT holds module names in sets, whose order changes from process to process."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,1 @@
+"""Methods that say what is minimised: the loss of a micro-batch."""

@@ -1,0 +1,44 @@
+"""The base of optimizers: how a step is taken."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftpipe.slots import Method
+from ftpipe.train.run import Batch, Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Optimizer(Method):
+    """Builds the torch optimizer and takes the step.
+
+    Class attributes:
+        zero_stages: ZeRO stages it works under. Stages above 0 hand the optimizer flat pieces of parameters, so only one that treats every
+            element alike may name them; one that looks at a matrix as a whole names only 0.
+    """
+
+    slot: ClassVar[str] = "train/optimizer"
+    zero_stages: ClassVar[tuple[int, ...]] = (0,)
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer over parameter groups. The loop sets each group's `lr` before every step."""
+
+    def take_step(self, run: Run, batches: Sequence[Batch]) -> float:
+        """Forward, backward and update over this rank's micro-batches; returns this rank's share of the step's mean loss.
+
+        `run.engine.loss(batch)` is the batch's loss, scaled so that the sum over all micro-batches and ranks is the mean. All ranks hold equally many
+        micro-batches. A method without a backward pass overrides this.
+        """
+        total = 0.0
+        for i, batch in enumerate(batches):
+            loss = run.engine.loss(batch)
+            run.engine.backward(loss, last=i == len(batches) - 1)
+            total += float(loss.detach())
+        run.engine.on_gradients()
+        run.engine.update()
+        return total

@@ -1,0 +1,1 @@
+"""Terms added to any objective, and disturbances of the forward pass."""

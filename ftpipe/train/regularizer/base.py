@@ -1,0 +1,38 @@
+"""The base of regularizers: a term added to any objective, or a disturbance of the forward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftpipe.slots import Method
+from ftpipe.train.run import Batch, Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Regularizer(Method):
+    """Three places to act; a method overrides the ones it needs.
+
+    Class attributes:
+        zero_stages: ZeRO stages the method works under.
+    """
+
+    slot: ClassVar[str] = "train/regularizer"
+    zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    def prepare(self, run: Run) -> None:
+        """Called once, when the model is prepared and nothing has been trained yet (also before a resume restores what was)."""
+
+    def forward(self, run: Run, batch: Batch) -> AbstractContextManager[Any]:
+        """A context around every forward pass of the objective (hooks that add noise, ...)."""
+        return nullcontext()
+
+    def penalty(self, run: Run, batch: Batch) -> torch.Tensor | None:
+        """A scalar of this batch's activations to be added to the loss. It is weighted by the batch's share of the step's count, so that the
+        step's penalty is a mean. Not for penalties on parameters: those are not there under ZeRO 3; use `on_gradients`."""
+        return None
+
+    def on_gradients(self, run: Run) -> None:
+        """Called between backward and update: add the gradient of a penalty on parameters (`run.engine.gradient`, `set_gradient`)."""

@@ -1,0 +1,115 @@
+"""What the parts of a training run share: the run itself, a micro-batch, and a change of what trains."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftpipe.train.adapt.base import Adapt
+    from ftpipe.train.engine import Engine
+    from ftpipe.train.objective.base import Objective
+    from ftpipe.train.optimizer.base import Optimizer
+    from ftpipe.train.regularizer.base import Regularizer
+
+
+@dataclass(frozen=True)
+class Change:
+    """What `Adapt.before_step` returns to change what trains. Every rank must return the same one.
+
+    trainable: names of the parameters that train from this step on; None leaves the set as it is. Parameters that leave the set keep their
+    value and lose their optimizer state. forget: names whose optimizer state starts again from nothing (their values stay).
+    """
+
+    trainable: frozenset[str] | None = None
+    forget: frozenset[str] = frozenset()
+
+
+@dataclass
+class Batch:
+    """One micro-batch: rows laid end to end in one sequence without padding, kept apart by their position ids.
+
+    input_ids, position_ids: int64 [1, T]; positions restart at 0 with each sequence. sources: int64 [K], the places in the sequence whose
+    logits are read; targets: int64 [K], the token that follows each of them. sequence: int64 [K], which sequence of the batch each belongs to,
+    counted from 0. count: what the loss of this batch is to be divided by together with all others of the step (trained tokens, pairs).
+    row_ids: the rows in it. weight: 1, or 0 for a copy that only keeps a rank with less to do in step with the others. extra: whatever else
+    the objective's `collate` put there.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sources: torch.Tensor
+    targets: torch.Tensor
+    sequence: torch.Tensor
+    count: float
+    row_ids: list[str]
+    seed: int = 0
+    weight: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.input_ids.numel())
+
+
+@dataclass
+class Run:
+    """A training run as its parts see it. All ranks have the same, but for `rank` and `device`.
+
+    Attributes:
+        model: what trains, as `Adapt.prepare` returned it. Its trainable parameters are float32 (they are the master weights); forward passes
+            run under autocast to `dtype`, the type of the frozen weights.
+        load_base: loads the base model once more (a reference, a teacher), frozen and in evaluation mode.
+        identity: the base model's identity, see `models.loading.identity`.
+        tokenizer: the base model's tokenizer.
+        seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
+        engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
+        memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
+            start with the method's name.
+        cache: what a part keeps in memory but can make again (a reference model); not in checkpoints.
+        metrics: numbers a part wants recorded for this step.
+    """
+
+    model: Any
+    load_base: Callable[[], torch.nn.Module]
+    identity: dict[str, str]
+    tokenizer: Any
+    rank: int = 0
+    world: int = 1
+    device: Any = "cpu"
+    dtype: str = "float32"
+    zero: int = 0
+    seed: int = 0
+    step: int = 0
+    steps: int = 1
+    epoch: int = 0
+    adapt: Adapt | None = None
+    objective: Objective | None = None
+    regularizers: tuple[Regularizer, ...] = ()
+    optimizer: Optimizer | None = None
+    engine: Engine | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("ftpipe.train"))
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers for one purpose at this step: the same on every rank and after a resume."""
+        import torch
+
+        return torch.Generator().manual_seed(derive_seed(self.seed, purpose, self.step))
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that train, by name. Under ZeRO 3 they hold nothing between forward passes: read them through `engine`."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed that depends on every part, and on nothing else."""
+    text = "/".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

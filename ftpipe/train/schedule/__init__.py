@@ -1,0 +1,1 @@
+"""Learning-rate schedules: the factor of the learning rate at a step."""
