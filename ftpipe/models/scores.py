@@ -99,7 +99,7 @@ class Entry:
 
     def answers(self, want: Collection[Want]) -> bool:
         """Whether nothing of `want` is missing."""
-        return self.problem is not None or ("loss" not in want or self.nll is not None) and ("embedding" not in want or self.embedding is not None)
+        return self.problem is not None or (("loss" not in want or self.nll is not None) and ("embedding" not in want or self.embedding is not None))
 
     def add(self, other: Entry) -> None:
         """Take over what this entry lacks. Of two losses the smaller wins, so that the order of the shards does not matter."""
@@ -249,7 +249,7 @@ def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry
 
 def _rendered(rows: RowSet, renderer: Any, missing: set[str], split: str | None) -> tuple[list[str], list[Any]]:
     """Content ids in `missing` and what the renderer makes of their rows, each once, in ascending order."""
-    import pyarrow.compute as pc
+    import pyarrow as pa
 
     columns = ["content_id", "format", "messages", "chosen", "rejected", "text"]
     table = rows.table(split, columns).sort_by("content_id")
@@ -257,7 +257,7 @@ def _rendered(rows: RowSet, renderer: Any, missing: set[str], split: str | None)
     first = [c in missing and (i == 0 or ids[i - 1] != c) for i, c in enumerate(ids)]
     names = [c for c, f in zip(ids, first) if f]
     results: list[Any] = []
-    for batch in table.filter(pc.equal(first, True)).to_batches(max_chunksize=READ):
+    for batch in table.filter(pa.array(first, pa.bool_())).to_batches(max_chunksize=READ):
         results += renderer.rows(batch.to_pylist())
     return names, results
 
