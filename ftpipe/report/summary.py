@@ -27,7 +27,7 @@ def summary(evaluation: Artifact | None = None, verdict: Artifact | None = None,
         line: the verdict in one sentence. report: path of the page as text.
     """
     comparisons = evaluation.json("comparisons.json") if evaluation and evaluation.has("comparisons.json") else []
-    rows = table(comparisons, forgetting_suites(evaluation))
+    rows = table(comparisons, forgetting_suites(evaluation, verdict))
     decided = verdict.json("verdict.json") if verdict and verdict.has("verdict.json") else None
     registered = registration.json("registration.json") if registration and registration.has("registration.json") else None
     page = report.file("report.html") if isinstance(report, Artifact) else report
@@ -59,14 +59,10 @@ def table(comparisons: list[dict[str, Any]], forgetting: set[str] = frozenset())
         row["n"] = max(row["n"], c.get("n") or 0)
         row["means"].setdefault(c["a"], c.get("mean_a"))
         row["means"].setdefault(c["b"], c.get("mean_b"))
-        if c["a"] == ADAPTER or ADAPTER not in (c["a"], c["b"]) and c["b"] == BASE and c["a"] not in row["against"]:
-            other = c["b"] if c["a"] == ADAPTER else None
-        elif c["b"] == ADAPTER:
-            other, c = c["a"], turned(c)
-        else:
-            other = None
-        if other:
-            row["against"][other] = {k: c.get(k) for k in ("difference", "low", "high", "confidence", "better", "n", "mean_a", "mean_b")} | {"words": in_words(c)}
+        if c["b"] == ADAPTER:
+            c = turned(c)
+        if c["a"] == ADAPTER:
+            row["against"][c["b"]] = {k: c.get(k) for k in ("difference", "low", "high", "confidence", "better", "n", "mde")} | {"words": in_words(c)}
     return sorted(rows.values(), key=lambda row: row["forgetting"])
 
 
@@ -85,13 +81,15 @@ def in_words(comparison: dict[str, Any]) -> str:
     return "better" if low > 0 else "worse"
 
 
-def forgetting_suites(evaluation: Artifact | None) -> set[str]:
-    """Names of the suites that measure what the base model could do before, as `evaluation.json` states them."""
-    if evaluation is None or not evaluation.has("evaluation.json"):
-        return set()
-    stated = evaluation.json("evaluation.json")
-    found = stated.get("forgetting") if isinstance(stated, dict) else None
-    return {found} if isinstance(found, str) else set(found) if isinstance(found, (list, dict)) else set()
+def forgetting_suites(evaluation: Artifact | None, verdict: Artifact | None = None) -> set[str]:
+    """Names of the suites that measure what the base model could do before: those that a rule of the gate wants `not_worse`, or `evaluation.json` names."""
+    found: set[str] = set()
+    if verdict:
+        rules = verdict.manifest.get("material", {}).get("params", {}).get("rules") or []
+        found |= {r["suite"] for r in rules if isinstance(r, dict) and r.get("require") == "not_worse" and r.get("suite")}
+    stated = evaluation.json("evaluation.json") if evaluation and evaluation.has("evaluation.json") else {}
+    named = stated.get("forgetting") if isinstance(stated, dict) else None
+    return found | ({named} if isinstance(named, str) else set(named) if isinstance(named, (list, dict)) else set())
 
 
 def is_forgetting(suite: str, stated: set[str] = frozenset()) -> bool:
@@ -116,6 +114,11 @@ def primary(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 def row_digits(row: dict[str, Any]) -> int:
     """Decimals for the numbers of a row: the narrowest interval shows two significant digits."""
     return digits_for(*((c["high"] - c["low"]) / 2 for c in row["against"].values() if c["low"] is not None and c["high"] is not None))
+
+
+def unit(metric: str) -> str:
+    """The unit of a metric's differences, empty where it has none."""
+    return "nats per token" if metric in LOSSES else ""
 
 
 def verdict_line(verdict: dict[str, Any] | None, registration: dict[str, Any] | None) -> str:

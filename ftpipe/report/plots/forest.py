@@ -1,0 +1,47 @@
+"""Differences with their intervals on one axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup
+
+from ftpipe.report.plots.style import COLOUR, both, place
+
+ROW, AXIS = 34, 40
+
+
+def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> Markup:
+    """A forest plot.
+
+    Args:
+        entries: each with label, difference, low, high (None where there is no interval), and colour (a role of `COLOUR`). Positive is better.
+        unit: what the axis measures.
+    """
+    height = ROW * len(entries) + AXIS
+
+    def paint(figure: Any, width: int) -> None:
+        wide = width > 500
+        axes = place(figure, width, height, left=230 if wide else 10, right=16, top=4, bottom=AXIS - 4)
+        ends = [0.0] + [v for e in entries for v in (e["low"], e["high"], e["difference"]) if v is not None]
+        pad = 0.08 * ((max(ends) - min(ends)) or 1)
+        axes.set_xlim(min(ends) - pad, max(ends) + pad)
+        axes.set_ylim(len(entries) - 0.4, -0.6)
+        axes.axvline(0, color=COLOUR["muted"], linewidth=1)
+        axes.grid(axis="x")
+        axes.grid(False, axis="y")
+        axes.spines["bottom"].set_visible(False)
+        axes.set_yticks([])
+        for y, e in enumerate(entries):
+            colour = COLOUR[e["colour"]]
+            at = y if wide else y + 0.16
+            if e["low"] is not None and e["high"] is not None:
+                axes.plot([e["low"], e["high"]], [at, at], color=colour, linewidth=2.2)
+            axes.plot([e["difference"]], [at], marker="o", markersize=6, color=colour, markeredgecolor=COLOUR["surface"], markeredgewidth=1)
+            if wide:
+                axes.text(-222 / (width - 246), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+            else:
+                axes.text(0, y - 0.26, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+        axes.set_xlabel(unit)
+
+    return both(paint, height, name, label)

@@ -1,0 +1,155 @@
+"""The first screen: what was decided, the number it rests on, and what was run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ftpipe.artifacts import Artifact
+from ftpipe.report.collect import RunData, base_model, columns, params, seconds
+from ftpipe.report.numbers import count, interval, number, percent
+from ftpipe.report.numbers import seconds as duration
+from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
+
+
+def build(run: RunData) -> dict[str, Any]:
+    found = run.summary
+    return {"state": _state(found), "title": _title(run), "sentences": _sentences(run), "tiles": _tiles(run), "facts": _facts(run)}
+
+
+def _state(found: dict[str, Any]) -> dict[str, str] | None:
+    """The badge: a word and whether it is good news."""
+    if found["registration"] and found["registration"].get("registered"):
+        return {"word": "Registered", "tone": "good"}
+    if found["verdict"]:
+        return {"word": "Passed", "tone": "good"} if found["verdict"]["passed"] else {"word": "Refused", "tone": "bad"}
+    return None
+
+
+def _title(run: RunData) -> str:
+    found = run.summary
+    registration, verdict = found["registration"], found["verdict"]
+    if registration and registration.get("registered"):
+        return f"{registration['name']} version {registration['version']}"
+    if verdict and not verdict["passed"]:
+        return "No new version: the gate refused the adapter"
+    if verdict:
+        return "The adapter passed the gate"
+    if found["rows"]:
+        return "An adapter, measured"
+    return "A run, and what became of its rows"
+
+
+def _sentences(run: RunData) -> list[str]:
+    found, said = run.summary, []
+    lead = found["primary"]
+    if lead:
+        said += _lead(lead["row"], lead["comparison"])
+        for other, comparison in lead["row"]["against"].items():
+            if other in run.controls:
+                said.append(_control(lead["row"], comparison))
+    for row in found["rows"]:
+        if row["forgetting"] and BASE in row["against"]:
+            said.append(_forgetting(row, row["against"][BASE]))
+            break
+    if found["verdict"] and not found["verdict"]["passed"]:
+        failed = [r for r in found["verdict"]["rules"] if r.get("required", True) and not r["passed"]]
+        said.append(f"It was refused because {len(failed)} of the required rules failed: {', '.join(r['name'] for r in failed)}.")
+    elif found["registration"] and not found["registration"].get("registered"):
+        said.append(f"It was not registered: {found['registration'].get('reason') or 'no reason was given'}.")
+    return said
+
+
+def _lead(row: dict[str, Any], c: dict[str, Any]) -> list[str]:
+    digits = row_digits(row)
+    adapter, base = (number(row["means"].get(s), digits) for s in ("adapter", BASE))
+    start = f"On {count(c['n'])} held-out items that it never saw in training, the adapter's {_metric(row)} is {adapter}, the base model's {base}"
+    if c["words"] == "no difference can be claimed":
+        return [f"{start}. The difference lies within the noise of the measurement: no difference can be claimed."]
+    verb = "better" if c["words"] == "better" else "worse"
+    said = [f"{start}: {verb}, and by more than chance explains."]
+    if row["metric"] in LOSSES and c["words"] == "better":
+        said.append(f"Each token of the right answers became about {number(math.exp(c['difference']), 2)} times as likely.")
+    return said
+
+
+def _control(row: dict[str, Any], c: dict[str, Any]) -> str:
+    name = "an adapter trained on as many tokens of randomly chosen rows"
+    if c["words"] == "no difference can be claimed":
+        return f"Against {name}, no difference can be claimed: choosing the rows did not measurably help here."
+    return f"It is {c['words']} than {name}: choosing the rows {'helped' if c['words'] == 'better' else 'did harm'}."
+
+
+def _forgetting(row: dict[str, Any], c: dict[str, Any]) -> str:
+    if c["words"] == "no difference can be claimed":
+        return f"On {row['suite']}, which measures what it may have forgotten, no difference can be claimed."
+    digits = row_digits(row)
+    if c["words"] == "better":
+        return f"On {row['suite']}, which measures what it may have forgotten, it is better than before by {number(c['difference'], digits)}."
+    return f"It forgot something: on {row['suite']} it is worse than the base model by {number(-c['difference'], digits)} " \
+           f"({interval(-c['high'], -c['low'], digits)})."
+
+
+def _metric(row: dict[str, Any]) -> str:
+    return "loss" if row["metric"] in LOSSES else row["metric"]
+
+
+def _tiles(run: RunData) -> list[dict[str, str]]:
+    """The differences that matter most, at most three: against the base, against the first control, forgetting."""
+    found, tiles = run.summary, []
+    lead = found["primary"]
+    if lead:
+        tiles.append(_tile("Against the base model", lead["row"], lead["comparison"]))
+        control = next((name for name in lead["row"]["against"] if name in run.controls), None)
+        if control:
+            tiles.append(_tile("Against random rows" if "random" in control else f"Against {control}", lead["row"], lead["row"]["against"][control]))
+    forgot = next((r for r in found["rows"] if r["forgetting"] and BASE in r["against"]), None)
+    if forgot:
+        tiles.append(_tile("Forgetting", forgot, forgot["against"][BASE]))
+    return tiles
+
+
+def _tile(title: str, row: dict[str, Any], c: dict[str, Any]) -> dict[str, str]:
+    digits = row_digits(row)
+    tone = {"better": "good", "worse": "bad"}.get(c["words"], "none")
+    confidence = f"{percent(c['confidence'], 0)} interval " if c.get("confidence") else "interval "
+    return {"title": title, "value": number(c["difference"], digits, sign=True), "unit": unit(row["metric"]), "tone": tone, "words": c["words"],
+            "interval": confidence + interval(c["low"], c["high"], digits, sign=True), "of": f"{row['suite']}, {count(c['n'])} items"}
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    facts = []
+    base = base_model(run)
+    name = base.get("model") or base.get("name") or params(run.adapter).get("model")
+    if name:
+        facts.append(("Base model", str(name)))
+    if run.adapter and run.adapter.has("adapter/ftpipe_adapter.json"):
+        described = run.adapter.json("adapter/ftpipe_adapter.json")
+        trainable = f", {count(described['trainable'])} parameters" if described.get("trainable") else ""
+        facts.append(("Trained", " + ".join(described.get("method") or ["adapter"]) + trainable))
+    read = run.path[0].counts.get("rows_in") if run.path else None
+    if run.trained_ids:
+        facts.append(("Rows", f"{count(len(run.trained_ids))}" + (f" of {count(read)} read" if read else "")))
+    tokens = trained_tokens(run.adapter)
+    if tokens:
+        facts.append(("Tokens trained on", count(tokens)))
+    times = [s for s in map(seconds, run.artifacts) if s is not None]
+    if run.adapter and seconds(run.adapter) is not None:
+        facts.append(("Training time", duration(seconds(run.adapter)) + _ranks(run.adapter)))
+    if times:
+        facts.append(("All stages", duration(sum(times))))
+    return facts
+
+
+def _ranks(artifact: Artifact) -> str:
+    stated = artifact.json("train.json") if artifact.has("train.json") else {}
+    ranks = next((stated[k] for k in ("ranks", "world_size") if isinstance(stated.get(k), int)), None)
+    return f" on {ranks} ranks" if ranks and ranks > 1 else ""
+
+
+def trained_tokens(artifact: Artifact | None) -> int | None:
+    """Tokens whose loss was trained on, over the whole training."""
+    if artifact is None or not artifact.has("metrics.parquet"):
+        return None
+    (values,) = columns(artifact, "metrics.parquet", "trained_tokens")
+    return values[-1] if values else None

@@ -1,0 +1,98 @@
+"""What was made of what, with which settings and libraries, and how to ask further."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftpipe.artifacts import Artifact
+from ftpipe.report.collect import RunData, base_model, params, seconds
+from ftpipe.report.numbers import count, setting, short_key, size
+from ftpipe.report.numbers import seconds as duration
+from ftpipe.report.plots.dag import BOX, TALL, layout
+from ftpipe.report.sections.training import _flat
+
+LETTERS = 21
+
+
+def build(run: RunData) -> dict[str, Any] | None:
+    if not run.artifacts:
+        return None
+    return {"stages": [_stage(a) for a in run.artifacts], "dag": _dag(run), "libraries": _libraries(run), "base": _base(run), "commands": _commands(run),
+            "missing": run.missing}
+
+
+def _stage(artifact: Artifact) -> dict[str, Any]:
+    material, counts = artifact.manifest.get("material", {}), artifact.counts
+    rows = f"{count(counts['rows_in'])} → {count(counts.get('rows_kept', 0))}" if "rows_in" in counts else ""
+    return {"name": artifact.name, "kind": artifact.kind, "key": short_key(artifact.key), "full_key": artifact.key, "content": artifact.content,
+            "inputs": [{"name": e["name"], "key": short_key(e["key"])} for e in artifact.manifest["inputs"].values()], "rows": rows,
+            "seconds": duration(seconds(artifact)), "size": size(artifact.size()), "files": len(artifact.manifest["files"]),
+            "settings": list(_flat(material.get("params") or {}).items()),
+            "externals": [(k, _short(v)) for k, v in _flat(material.get("externals") or {}).items()],
+            "libraries": ", ".join(f"{k} {v}" for k, v in sorted((material.get("libraries") or {}).items())), "code": len(material.get("code") or {})}
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 80 else value[:77] + "…"
+
+
+def _dag(run: RunData) -> dict[str, Any]:
+    """Boxes for stages; the steps of a chain share one."""
+    groups: dict[str, list[Artifact]] = {}
+    for artifact in run.artifacts:
+        groups.setdefault(_group(artifact.name), []).append(artifact)
+    edges = {g: list(dict.fromkeys(_group(e["name"]) for a in members for e in a.manifest["inputs"].values() if _group(e["name"]) in groups and _group(e["name"]) != g))
+             for g, members in groups.items()}
+    try:
+        placed = layout(edges)
+    except ValueError:  # steps of two chains that feed each other: a group would be above and below itself
+        groups = {a.name: [a] for a in run.artifacts}
+        placed = layout({a.name: [e["name"] for e in a.manifest["inputs"].values() if e["name"] in groups] for a in run.artifacts})
+    boxes = []
+    for name, members in groups.items():
+        x, y = placed["boxes"][name]
+        last = members[-1]
+        kind = f"{len(members)} steps" if len(members) > 1 else last.kind.replace("_", " ")
+        rows = f" · {count(last.counts['rows_kept'])} rows" if "rows_kept" in last.counts else ""
+        role = "decision" if last in (run.verdict, run.registration) else "training" if last in run.trainings else "stage"
+        boxes.append({"x": x, "y": y, "name": name if len(name) <= LETTERS else name[:LETTERS - 1] + "…", "under": kind + rows, "role": role})
+    return {"width": placed["width"], "height": placed["height"], "lines": placed["lines"], "boxes": boxes, "box": BOX, "tall": TALL}
+
+
+def _group(name: str) -> str:
+    return name.split("/")[0]
+
+
+def _libraries(run: RunData) -> list[tuple[str, str]]:
+    found: dict[str, set[str]] = {}
+    for artifact in run.artifacts:
+        for name, version in (artifact.manifest.get("material", {}).get("libraries") or {}).items():
+            found.setdefault(name, set()).add(version)
+    return [(name, " and ".join(sorted(versions))) for name, versions in sorted(found.items(), key=lambda item: (item[0] != "python", item[0]))]
+
+
+def _base(run: RunData) -> list[tuple[str, str]]:
+    lines = [(k.replace("_", " "), setting(v)) for k, v in _flat(base_model(run)).items()]
+    if run.adapter and run.adapter.has("adapter/ftpipe_adapter.json"):
+        described = run.adapter.json("adapter/ftpipe_adapter.json")
+        names = {k for k, _ in lines}
+        lines += [(k.replace("_", " "), setting(described[k])) for k in ("tokenizer", "chat_template", "dtype")
+                  if described.get(k) and k.replace("_", " ") not in names]
+    return lines
+
+
+def _commands(run: RunData) -> list[tuple[str, str]]:
+    commands = [("ftpipe plan CONFIG", "what would run again, and which setting, input or code moved")]
+    if run.trained_ids:
+        commands.append((f"ftpipe why {min(run.trained_ids)[:12]}", "what every step decided about a row (this one was trained on)"))
+    registration = run.summary["registration"]
+    if registration and registration.get("registered"):
+        commands.append((f"ftpipe trace {registration['name']}@{registration['version']}", "the rows that made this version, and how often each was seen"))
+    elif run.adapter:
+        commands.append((f"ftpipe trace {run.adapter.name}", "the rows that made the adapter, and how often each was seen"))
+    if run.adapter:
+        commands.append((f"ftpipe log {run.adapter.name}", "what training logged"))
+        commands.append((f"ftpipe stage {run.adapter.name} CONFIG --force", "this stage alone, on the inputs it had"))
+    if params(run.adapter):
+        commands.append(("ftpipe run CONFIG", "everything that is not up to date; an unchanged pipeline runs nothing"))
+    return commands

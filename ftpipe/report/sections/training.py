@@ -1,0 +1,108 @@
+"""What training did: losses, learning rate, speed, and the settings beside those of the controls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftpipe.artifacts import Artifact
+from ftpipe.report.collect import RunData, params, seconds, table
+from ftpipe.report.numbers import count, number, setting, size
+from ftpipe.report.numbers import seconds as duration
+from ftpipe.report.plots.curves import line, losses
+
+POINTS = 400
+INPUTS = ("rows", "name")
+
+
+def build(run: RunData) -> dict[str, Any] | None:
+    trained = {"adapter": run.adapter} if run.adapter and run.adapter in run.trainings else {}
+    trained |= {name: a for name, a in run.controls.items() if a in run.trainings}
+    if not trained:
+        return None
+    curves = [c for n, (name, a) in enumerate(trained.items()) if (c := _curve(name, a, ("adapter", "control", "control2")[min(n, 2)]))]
+    plots = []
+    for column, title, unit in (("learning_rate", "Learning rate", "step"), ("grad_norm", "Gradient norm", "step")):
+        drawn = [{"colour": c["colour"], "x": c["step"], "y": c[column]} for c in curves if c.get(column) is not None]
+        if drawn:
+            plots.append({"title": title, "svg": line(drawn, f"train-{column}".replace("_", "-"), title, unit)})
+    legend = [{"name": c["name"], "colour": c["colour"]} for c in curves]
+    return {"losses": losses(curves, "losses", "Training loss over trained tokens") if curves else None, "legend": legend, "plots": plots,
+            "names": list(trained), "facts": _side_by_side([_facts(a) for a in trained.values()]),
+            "settings": _side_by_side([_flat(_settings(a)) for a in trained.values()])}
+
+
+def _curve(name: str, artifact: Artifact, colour: str) -> dict[str, Any] | None:
+    import numpy as np
+
+    if not artifact.has("metrics.parquet"):
+        return None
+    read = {k: np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+            for k, values in table(artifact, "metrics.parquet").to_pydict().items() if k in ("step", "loss", "learning_rate", "grad_norm", "trained_tokens")}
+    if "loss" not in read or not np.isfinite(read["loss"]).any():
+        return None
+    steps = read.get("step", np.arange(1, len(read["loss"]) + 1))
+    smooth = _running_mean(read["loss"])
+    thin = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).astype(int))
+    curve = {"name": name, "colour": colour, "step": steps[thin], "x": read.get("trained_tokens", steps)[thin], "y": read["loss"][thin], "smooth": smooth[thin]}
+    for column in ("learning_rate", "grad_norm"):
+        if column in read and np.isfinite(read[column]).any():
+            curve[column] = read[column][thin]
+    return curve
+
+
+def _running_mean(values: Any) -> Any:
+    """Mean over a centred window of a twelfth of the run, shorter at the ends."""
+    import numpy as np
+
+    half = max(len(values) // 24, 1)
+    finite = np.isfinite(values)
+    sums, counts = np.cumsum(np.r_[0.0, np.where(finite, values, 0)]), np.cumsum(np.r_[0, finite])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums[high] - sums[low]) / (counts[high] - counts[low])
+
+
+def _facts(artifact: Artifact) -> dict[str, str]:
+    import numpy as np
+
+    facts: dict[str, str] = {}
+    if artifact.has("metrics.parquet"):
+        read = table(artifact, "metrics.parquet").to_pydict()
+        if read.get("step"):
+            facts["steps"] = count(read["step"][-1])
+        for column, title in (("tokens", "tokens seen"), ("trained_tokens", "tokens trained on")):
+            if read.get(column):
+                facts[title] = count(read[column][-1])
+        if read.get("loss"):
+            tail = [v for v in read["loss"][-max(len(read["loss"]) // 10, 1):] if v is not None]
+            facts["loss, last tenth"] = number(float(np.mean(tail)), 3) if tail else ""
+        speeds = [v for v in read.get("tokens_per_second", []) if v]
+        if speeds:
+            facts["tokens a second, median"] = count(float(np.median(speeds)))
+        memory = [v for v in read.get("memory_bytes", []) if v]
+        if memory:
+            facts["peak memory"] = size(max(memory))
+    if seconds(artifact) is not None:
+        facts["time"] = duration(seconds(artifact))
+    return facts
+
+
+def _settings(artifact: Artifact) -> dict[str, Any]:
+    return {k: v for k, v in params(artifact).items() if k not in INPUTS}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat(item, f"{prefix}{key}.") if item else {f"{prefix}{key}": ""}
+        else:
+            flat[f"{prefix}{key}"] = setting(item)
+    return flat
+
+
+def _side_by_side(sets: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """One line for each key of any set; `same` says whether all sets agree on it."""
+    keys = list(dict.fromkeys(k for s in sets for k in s))
+    return [{"key": k, "values": [s.get(k, "") for s in sets], "same": len({s.get(k, "") for s in sets}) == 1} for k in keys]

@@ -1,0 +1,23 @@
+"""Text from data, made safe to show: no control characters, no direction overrides, a bounded length. Escaping is the template's part."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+_DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: Any) -> str:
+    """`text` with control characters and direction marks written as `\\x1b` and `\\u202e`: they could hide or reorder what is on the page."""
+    text = "" if text is None else str(text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _CONTROL.sub(lambda m: f"\\x{ord(m.group()):02x}" if ord(m.group()) < 256 else f"\\u{ord(m.group()):04x}", text)
+    return _DIRECTION.sub(lambda m: f"\\u{ord(m.group()):04x}", text)
+
+
+def clip(text: Any, length: int) -> dict[str, Any]:
+    """The first `length` characters, cleaned, and how many are left out."""
+    text = "" if text is None else str(text)
+    return {"text": clean(text[:length]), "more": max(len(text) - length, 0)}
