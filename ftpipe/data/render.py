@@ -51,10 +51,23 @@ class Rendered:
 
 @dataclass
 class _Piece:
-    """A stretch of text that is tokenised by itself. `content` is the turn's text if the piece is an answer."""
+    """A stretch of text that is tokenised by itself. `content` is the turn's text if the piece is an answer; `first` opens the row."""
 
     text: str
     content: str | None = None
+    first: bool = False
+
+
+class _Tokens:
+    """Tokens of one piece; `offsets`, (start, end) in characters, are made only where they are asked for."""
+
+    def __init__(self, encoding: Any, skip: int = 0, shift: int = 0):
+        self.encoding, self.skip, self.shift = encoding, skip, shift
+        self.ids: list[int] = encoding.ids[skip:]
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        return [(start - self.shift, end - self.shift) for start, end in self.encoding.offsets[self.skip :]]
 
 
 class Renderer:
@@ -66,6 +79,7 @@ class Renderer:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [self.bos]
         """The tokenizer's own convention: it puts a BOS in front of plain text."""
+        self.anchor = self._find_anchor()
 
     def messages(self, messages: Sequence[Message]) -> Rendered:
         """A conversation; every assistant turn's content and end-of-turn token is trained. What follows the last assistant turn is left out."""
@@ -82,7 +96,7 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens inference starts from: the conversation so far and the generation prompt."""
-        return self._encode([self._template(messages, generate=True)])[0].ids
+        return self._encode([_Piece(self._template(messages, generate=True), first=True)])[0].ids
 
     def row(self, row: dict[str, Any]) -> Rendered:
         """A row of `rows_schema()` by its format; for a preference row the chosen answer."""
@@ -102,7 +116,7 @@ class Renderer:
 
     def _batch(self, rows: Sequence[dict[str, Any]]) -> list[Rendered | RenderError]:
         pieces = [self._pieces(row) for row in rows]
-        encoded = iter(self._encode([p.text for found in pieces if not isinstance(found, RenderError) for p in found]))
+        encoded = iter(self._encode([p for found in pieces if not isinstance(found, RenderError) for p in found]))
         results: list[Rendered | RenderError] = []
         for row, found in zip(rows, pieces):
             if isinstance(found, RenderError):
@@ -115,7 +129,7 @@ class Renderer:
     def _pieces(self, row: dict[str, Any]) -> list[_Piece] | RenderError:
         try:
             if row["format"] == "text":
-                return [_Piece(row["text"])]
+                return [_Piece(row["text"], first=True)]
             history = row["messages"] or []
             if row["format"] == "preference":
                 return self._conversation([*history, *row["chosen"]], first=len(history))
@@ -136,7 +150,7 @@ class Renderer:
                 raise RenderError("the chat template rewrites earlier turns when later ones follow")
             if not full.startswith(prefix):
                 raise RenderError("the chat template's training rendering does not continue its inference rendering")
-            pieces += [_Piece(prefix[len(done):]), _Piece(full[len(prefix):], messages[i]["content"] or "")]
+            pieces += [_Piece(prefix[len(done):], first=not pieces), _Piece(full[len(prefix):], messages[i]["content"] or "")]
             done = full
         return pieces
 
@@ -153,14 +167,28 @@ class Renderer:
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise RenderError(f"the chat template refuses the conversation: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
-    def _encode(self, texts: list[str]) -> list[Any]:
-        """One `tokenizers.Encoding` a text, without special tokens of the tokenizer's own."""
-        if not texts:
+    def _encode(self, pieces: list[_Piece]) -> list[_Tokens]:
+        """The tokens of each piece, without special tokens of the tokenizer's own."""
+        if not pieces:
             return []
+        texts = [p.text if p.first or not self.anchor else self.anchor[0] + p.text for p in pieces]
         # Texts longer than model_max_length are the caller's business (the label audit), not a reason to print a warning.
-        return self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False).encodings
+        found = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False).encodings
+        return [_Tokens(e) if p.first or not self.anchor else _Tokens(e, *self.anchor[1:]) for p, e in zip(pieces, found)]
 
-    def _join(self, parts: Sequence[tuple[_Piece, Any]]) -> Rendered:
+    def _find_anchor(self) -> tuple[str, int, int] | None:
+        """A tokenizer that puts a space in front of any text (SentencePiece's dummy prefix) would put one in front of an answer too, which
+        inference never makes. Such pieces are tokenised behind this text, whose tokens and characters are then cut off."""
+        def tokens(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        first = self.tokenizer.convert_ids_to_tokens(tokens("a"))[0]
+        if not first.startswith(("\u2581", "\u0120")):
+            return None
+        text = "\n"
+        return text, len(tokens(text)), len(text)
+
+    def _join(self, parts: Sequence[tuple[_Piece, _Tokens]]) -> Rendered:
         ids: list[int] = []
         trained: list[bool] = []
         for piece, encoding in parts:
@@ -170,7 +198,7 @@ class Renderer:
             trained += [True] * n + [False] * (len(here) - n)
         return Rendered(ids, trained, trained.index(True) if True in trained else len(ids))
 
-    def _answer_length(self, piece: _Piece, encoding: Any) -> int:
+    def _answer_length(self, piece: _Piece, encoding: _Tokens) -> int:
         """How many leading tokens of an answer are trained: up to its end-of-turn token, or to the last that is not white space."""
         ids = encoding.ids
         special = [i for i, t in enumerate(ids) if t in self.special_ids]
@@ -188,6 +216,6 @@ class Renderer:
         end = len(piece.text.rstrip())
         return sum(1 for start, _ in offsets if start < end)
 
-    def _join_text(self, encoding: Any) -> Rendered:
+    def _join_text(self, encoding: _Tokens) -> Rendered:
         ids = [self.bos] * self.adds_bos + list(encoding.ids) + ([self.eos] if self.eos is not None else [])
         return Rendered(ids, [i > 0 for i in range(len(ids))], min(1, len(ids)))

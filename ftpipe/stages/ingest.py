@@ -249,7 +249,7 @@ def _assign(staged: Path, rule: Heldout, read: _Reading, ctx: StageContext) -> d
 def _count(con: duckdb.DuckDBPyConnection, limit: int) -> dict[str, Any]:
     """Rows and groups of each side, with at most `limit` held-out rows."""
     query = """select count(*), count(distinct "group") from verdicts where heldout = $1 and (not heldout or k <= $2)"""
-    return {side: dict(zip(("rows", "groups"), con.execute(query, [side == HELDOUT, limit]).fetchone())) for side in (TRAIN, HELDOUT)}
+    return {side: dict(zip(("rows", "groups"), con.execute(query, [side == HELDOUT, limit]).fetchall()[0])) for side in (TRAIN, HELDOUT)}
 
 
 def _check_split(rule: Heldout, split: dict[str, Any], read: _Reading) -> None:

@@ -92,16 +92,15 @@ class HfDataset(Source):
         """The commit of the hub dataset, asked of the hub, or of the local cache where the hub cannot be reached."""
         if self.revision and COMMIT.fullmatch(self.revision):
             return self.revision
-        from httpx import HTTPError
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
         try:
             return str(HfApi().dataset_info(self.path, revision=self.revision, timeout=10).sha)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise ConfigError(f"the hub has no dataset {self.path!r}{f' at {self.revision}' if self.revision else ''}",
                               remedy="check the spelling, and log in with `hf auth login` if it is private") from error
-        except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        except (HTTPError, OfflineModeIsEnabled, OSError) as error:
             ref = Path(constants.HF_HUB_CACHE) / f"datasets--{self.path.replace('/', '--')}" / "refs" / (self.revision or "main")
             if ref.is_file():
                 return ref.read_text(encoding="utf-8").strip()
