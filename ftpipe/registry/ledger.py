@@ -59,24 +59,24 @@ def files_content(files: dict[str, dict[str, Any]], where: str) -> str:
     return digest({name: entry["sha256"] for name, entry in files.items()})
 
 
-def list_models(env: Environment) -> list[dict[str, Any]]:
-    """Every registered model: name, number of versions, newest version, and aliases as {alias: version}."""
-    found = []
-    for path in sorted(root(env).glob(f"*/{VERSIONS}")):
-        versions = read_versions(env, path.parent.name)
-        if versions:
-            found.append({"name": path.parent.name, "versions": len(versions), "latest": versions[-1]["version"], "aliases": aliases(env, path.parent.name)})
-    return found
+def list_models(env: Environment) -> list[str]:
+    """Names of the registered models."""
+    names = sorted(path.parent.name for path in root(env).glob(f"*/{VERSIONS}"))
+    return [name for name in names if read_versions(env, name)]
 
 
 def list_versions(env: Environment, name: str) -> list[dict[str, Any]]:
-    """Every version of a model, oldest first, each with the aliases that point at it. Raises ConfigError for an unknown model."""
+    """Every version of a model, oldest first. Raises ConfigError for an unknown model.
+
+    Each holds name, version (number), aliases (that point at it), registered (time, UTC), content (identity of the adapter), manifest (SHA-256 of
+    `manifest.json`), base (identity of the base model, None if the files are not in this workspace) and stages (keys of the stages behind it).
+    """
     versions = read_versions(env, name)
     if not versions:
         known = [p.parent.name for p in root(env).glob(f"*/{VERSIONS}")]
         raise ConfigError(f"no model {name!r} is registered here", where=str(root(env)), remedy=nearest(name, known))
     pointing = aliases(env, name)
-    return [v | {"aliases": sorted(a for a, number in pointing.items() if number == v["version"])} for v in versions]
+    return [{"name": name} | v | {"aliases": sorted(a for a, number in pointing.items() if number == v["version"])} for v in versions]
 
 
 def find(env: Environment, name: str, version: int | str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.errors import ConfigError
@@ -178,8 +179,9 @@ def reconcile(env: Environment, name: str, mlflow: MlflowClient) -> list[str]:
             number, content = int(v.version), v.tags[server.CONTENT]
             kept = old.get(number, {})
             base = kept["base"] if kept.get("content") == content else _base(env, name, content)
-            new[number] = {"version": number, "content": content, "manifest": v.tags.get(server.MANIFEST_SHA), "created": v.creation_timestamp, "base": base,
-                           "stages": {k.removeprefix("ftpipe.stage."): t for k, t in sorted(v.tags.items()) if k.startswith("ftpipe.stage.")}}
+            stages = {k.removeprefix("ftpipe.stage."): t for k, t in sorted(v.tags.items()) if k.startswith("ftpipe.stage.")}
+            new[number] = {"version": number, "content": content, "manifest": v.tags.get(server.MANIFEST_SHA), "base": base,
+                           "registered": _time(v.creation_timestamp), "stages": stages}
     for number in sorted(set(old) - set(new)):
         found.append(f"version {number} is no longer in MLflow")
     if new != old:
@@ -209,6 +211,10 @@ def _pending(env: Environment, name: str) -> list[dict[str, Any]]:
     return list(begun.values())
 
 
+def _time(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+
+
 def _base(env: Environment, name: str, content: str) -> dict[str, Any] | None:
     import json
 
@@ -229,4 +235,4 @@ def show(env: Environment, name: str, version: int | str) -> dict[str, Any]:
     except (OSError, ValueError):
         manifest = None
     moves = [m for m in ledger.history(env, name) if entry["version"] in (m["from"], m["to"]) and m["state"] == "moved"]
-    return entry | {"name": name, "folder": str(path.parent), "manifest": manifest, "manifest_sha256": entry["manifest"], "history": moves}
+    return entry | {"folder": str(path.parent), "manifest": manifest, "manifest_sha256": entry["manifest"], "history": moves}

@@ -255,5 +255,7 @@ def test_unknown_models_versions_and_names_are_named(env: Environment):
     with pytest.raises(ConfigError, match="cannot be the name"):
         ledger.folder(env, "../x")
     assert ledger.find(env, "demo", "v1")["version"] == ledger.find(env, "demo", 1)["version"] == ledger.find(env, "demo", "champion")["version"] == 1
-    assert ledger.list_models(env) == [{"name": "demo", "versions": 1, "latest": 1, "aliases": {"champion": 1}}]
+    assert ledger.list_models(env) == ["demo"]
+    entry, = ledger.list_versions(env, "demo")
+    assert (entry["name"], entry["version"], entry["aliases"], entry["content"]) == ("demo", 1, ["champion"], content(env, 1))
     assert register.show(env, "demo", "champion")["manifest"]["base"]["model"] == "tiny"

@@ -1,0 +1,1 @@
+"""Diagnostics: what else can be told of a candidate from its results and weights."""

@@ -1,0 +1,1 @@
+"""Suites: what a system is asked, item by item."""

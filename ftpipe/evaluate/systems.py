@@ -1,0 +1,147 @@
+"""Systems: what is compared. And the cache of their results, so that no system is asked the same thing twice."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftpipe.canonical import digest, file_digest
+from ftpipe.evaluate.suites.base import Item, Score, Suite
+
+if TYPE_CHECKING:
+    from ftpipe.models.service import ModelService
+
+BASE, ADAPTER, CHAMPION = "base", "adapter", "champion"
+CODE = ("data/render.py", "models/service.py", "evaluate/suites/base.py")
+"""Files whose text decides a score, below the package's folder, beside the suite's own."""
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
+FLUSH_SECONDS = 10.0
+"""At most so much work is lost by a kill."""
+log = logging.getLogger("ftpipe")
+
+
+@dataclass
+class System:
+    """One model that is compared with others: the base model, with or without an adapter.
+
+    identity: JSON that tells it from every other system, whatever it is called here. open_: loads it. It is loaded when it is first asked
+    something, and at most once; `close` lets go of it.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    open_: Callable[[], ModelService]
+
+    @cached_property
+    def service(self) -> ModelService:
+        """The loaded model, ready to score and generate."""
+        return self.open_()
+
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        if "service" in self.__dict__:
+            del self.__dict__["service"]
+            gc.collect()
+
+
+def suite_material(suite: Suite) -> dict[str, Any]:
+    """What decides a suite's scores beside the item and the system: settings, code and libraries. The label and the choice of items do not."""
+    settings = {k: v for k, v in suite.model_dump(mode="json").items() if k not in ("label", "limit")}
+    sources = [inspect.getsourcefile(c) for c in type(suite).__mro__ if issubclass(c, Suite) and c is not Suite]
+    own = {"suite": suite.name(), "settings": settings, "version": suite.version, "code": [file_digest(Path(s)) for s in sources if s]}
+    return own | shared_material(suite.libraries)
+
+
+def shared_material(libraries: Sequence[str] = ()) -> dict[str, Any]:
+    """The code and libraries that every system's results depend on."""
+    package = Path(__file__).parent.parent
+    return {"shared": {n: file_digest(package / n) for n in CODE}, "libraries": {n: version(n) for n in (*LIBRARIES, *libraries)}}
+
+
+@dataclass
+class Kept:
+    """Values by content hash, in a folder of shards that are only added to; safe for several processes and against kills.
+
+    A shard is named by the hash of its bytes; one that does not match its name is removed with a warning and its items are asked again.
+    """
+
+    folder: Path
+    pending: list[tuple[str, Any]] = field(default_factory=list)
+    flushed: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, cache: Path, system: System, material: dict[str, Any]) -> Kept:
+        """The values of one system under one suite (`material` as from `suite_material`)."""
+        return cls(cache / "evaluate" / digest({"system": system.identity, "material": material})[:32])
+
+    def read(self) -> dict[str, Any]:
+        """Every value that is known, by content."""
+        known: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            if hashlib.sha256(data).hexdigest()[:32] != path.stem:
+                log.warning("results kept in %s are damaged and are made again", path)
+                path.unlink(missing_ok=True)
+                continue
+            for line in data.decode().splitlines():
+                content, value = json.loads(line)
+                known.setdefault(content, value)
+        return known
+
+    def add(self, content: str, value: Any) -> None:
+        """Keep a value; it reaches the disk within `FLUSH_SECONDS` of work, or with `flush`."""
+        self.pending.append((content, value))
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as a new shard."""
+        self.flushed = time.monotonic()
+        if not self.pending:
+            return
+        data = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in self.pending).encode()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{uuid.uuid4().hex}"
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl")
+        self.pending = []
+
+
+def results(system: System, suite: Suite, items: Sequence[Item], cache: Path, on_item: Callable[[bool], None]) -> Iterator[tuple[Item, list[Score]]]:
+    """A system's scores on every item, in the items' order; only what is not kept in `cache` is asked.
+
+    `on_item` is called for each with whether it was asked now. Raises ValueError for a score that is not a finite number.
+    """
+    kept = Kept.of(cache, system, suite_material(suite))
+    known = kept.read()
+    missing = list({i.content: i for i in items if i.content not in known}.values())
+    for _ in range(len(items) - len(missing)):
+        on_item(False)
+    try:
+        for item, scores in suite.measure(system, missing) if missing else ():
+            value = [[s.metric, s.score, s.weight, s.higher_is_better] for s in scores]
+            kept.add(item.content, value)
+            known[item.content] = value
+            on_item(True)
+    finally:
+        kept.flush()
+    for item in items:
+        yield item, [Score(*value) for value in known[item.content]]
