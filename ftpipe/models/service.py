@@ -84,6 +84,7 @@ class ModelService:
         self.batch_tokens = batch_tokens if batch_tokens is not None else (0 if self.device.type == "cpu" else BATCH_TOKENS)
         self._renderer: Renderer | None = None
         self._plain: bool | None = None
+        self._companions: dict[tuple[str, str], ModelService] = {}
         given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = sorted({int(e) for e in (*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id) if e is not None})
 
@@ -94,6 +95,14 @@ class ModelService:
         loaded = load_model(model, env, dtype=dtype, device=device) if adapter is None else \
             load_adapted(model, env, adapter, dtype=dtype, device=device, allow_zero=True)
         return cls(loaded, load_tokenizer(model, env), max_length=max_length)
+
+    def companion(self, model: str, env: Environment, *, adapter: Path | None = None) -> ModelService:
+        """Another model on the same device and in the same type, loaded once for the life of this service (a decoder's expert)."""
+        key = (model, str(adapter or ""))
+        if key not in self._companions:
+            dtype: DType = "float32" if next(self.model.parameters()).dtype.itemsize == 4 else "bfloat16"
+            self._companions[key] = ModelService.open(model, env, adapter=adapter, dtype=dtype, device=str(self.device))
+        return self._companions[key]
 
     @property
     def renderer(self) -> Renderer:
