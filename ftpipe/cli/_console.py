@@ -25,6 +25,7 @@ class ConsoleListener(Listener):
 
     def __init__(self, every: float = 15.0):
         self.every, self._printed, self._began = every, 0.0, 0.0
+        self.failed_stage: str | None = None
         self._bar: Progress | None = None
         self._task: Any = None
 
@@ -56,6 +57,7 @@ class ConsoleListener(Listener):
 
     def failed(self, name: str, error: BaseException) -> None:
         self._stop_bar()
+        self.failed_stage = name
         console.print(f"[red]✗ {name}[/red]")
 
     def _stop_bar(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -27,35 +28,85 @@ def execute(config, *, only=None, start=None, to=None, force=(), changes=None, p
     from ftpipe.cli._console import ConsoleListener, show_logs
     from ftpipe.errors import FtpipeError
     from ftpipe.pipeline import spec
-    from ftpipe.pipeline.runner import Run, Selection, command
+    from ftpipe.pipeline.runner import Selection
 
     show_logs()
     pipeline = spec.load(config, overrides=changes)
     selection = Selection.of(pipeline, only=only, start=start, to=to, force=force)
     listener = ConsoleListener()
-    at: str | None = None
     try:
         if prefect:
             import flows
 
-            done = flows.run(config, only=only, start=start, to=to, force=list(force), overrides=changes or {}, listener=listener)
+            done = flows.run(config, only=only, start=start, to=to, force=list(force), overrides=changes, listener=listener)
         else:
-            from ftpipe.tracking import Listeners, MlflowListener
-
-            done = Run(pipeline, selection=selection, listener=Listeners([listener, MlflowListener(pipeline.env)]))
-            for at in done.order:
-                done.execute(at)
-            done.close()
+            done = _directly(pipeline, selection, listener)
     except FtpipeError as error:
-        remedy = "\n  -> ".join(filter(None, [error.remedy, f"then resume with: {command(pipeline, at)}"]))
+        if listener.failed_stage is None:
+            raise
+        resume = shlex.join(["ftpipe", "run", str(config), "--from", listener.failed_stage, *(f"--set={k}={v}" for k, v in (changes or {}).items()),
+                             *(() if prefect else ("--no-prefect",))])
+        remedy = "\n  -> ".join(filter(None, [error.remedy, f"then resume with: {resume}"]))
         raise type(error)(error.what, where=error.where, remedy=remedy) from error
     print_summary(done)
 
 
-def print_summary(done) -> None:
-    """The table that a run ends with."""
-    from ftpipe.cli._console import console
+def _directly(pipeline, selection, listener):
+    """The same stages in this process, without Prefect."""
+    from ftpipe.pipeline.runner import Run
+    from ftpipe.tracking import Listeners, MlflowListener
 
-    states = [s["state"] for s in done.record["stages"].values()]
+    mlflow = MlflowListener(pipeline.env, stages=pipeline.stages)
+    run = Run(pipeline, selection=selection, listener=Listeners([listener, mlflow]))
+    mlflow.run_id = run.id
+    for name in run.order:
+        run.execute(name)
+    run.close()
+    return run
+
+
+def print_summary(run) -> None:
+    """The table that a run ends with: the comparison, forgetting, the verdict, the registered version, the report, and what to try next."""
+    from rich.table import Table
+
+    from ftpipe.cli._console import console
+    from ftpipe.report.summary import cells, summary
+
+    states = [s["state"] for s in run.record["stages"].values()]
     built = states.count("built")
-    console.print(f"\nrun {done.id}: " + (f"{built} of {len(states)} stages ran" if built else f"nothing to do, all {len(states)} stages reused"))
+    console.print(f"\nrun {run.id}: " + (f"{built} of {len(states)} stages ran" if built else f"nothing to do, all {len(states)} stages reused"))
+    made = {run.pipeline.stages[name].produces: artifact for name, artifact in run.artifacts.items()}
+    found = summary(made.get("evaluation"), made.get("verdict"), made.get("version"), made.get("report"))
+    if found["rows"]:
+        header, rows = cells(found)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for i, column in enumerate(header):
+            table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+    if found["verdict"]:
+        console.print()
+        for rule in found["verdict"]["rules"]:
+            mark = "[green]✓[/green]" if rule["passed"] else "[red]✗[/red]" if rule["required"] else "[yellow]·[/yellow]"
+            console.print(f"  {mark} {rule['text']}")
+    if found["line"]:
+        console.print(f"\n[bold]{found['line']}[/bold]")
+    if found["report"]:
+        console.print(f"report: {found['report']}")
+    if "version" in made:
+        _next(console, run)
+
+
+def _next(console, run) -> None:
+    """Commands that a newcomer may want to try next."""
+    config = run.pipeline.source
+    adapter = next((n for n, s in run.pipeline.stages.items() if s.produces == "version"), None)
+    trained = run.pipeline.stages[adapter].adapter if adapter else ""
+    console.print("\ntry next:")
+    for command, what in ((f"ftpipe plan {config}", "what another run would do"), (f"ftpipe trace {trained}", "the rows that made the adapter"),
+                          ("ftpipe why ROW", "what every step decided about a row"), ("ftpipe registry list", "all versions"),
+                          (f'ftpipe serve {config} --cron "0 3 * * *"', "every night; unchanged data trains nothing"),
+                          ("ftpipe init my_rows.jsonl", "a pipeline for your own data")):
+        console.print(f"  {command:<58} [dim]{what}[/dim]", soft_wrap=True)

@@ -69,7 +69,7 @@ def test_failed_run_prints_the_command_that_resumes(call, tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "gone.txt: no such file" in done.stderr and "Traceback" not in done.stderr
-    assert "ftpipe run p.yaml --from numbers" in done.stderr
+    assert "ftpipe run p.yaml --from numbers --no-prefect" in done.stderr
 
 
 def test_why_names_decisions(call) -> None:

@@ -36,7 +36,8 @@ def python(folder: Path, *words: str) -> str:
 
 
 def test_the_method_is_listed_with_its_settings(with_method: Path) -> None:
-    listed = json.loads(python(with_method, "-c", "import sys; sys.argv = ['ftpipe', 'methods', 'curate/filter', '--json']; from ftpipe import cli; cli.main()"))
+    main = "import sys; sys.argv = ['ftpipe', 'methods', 'curate/filter', '--json']; from ftpipe import cli; cli.main()"
+    listed = json.loads(python(with_method, "-c", main))
     method = next(m for m in listed if m["name"] == "no_question")
     assert method["summary"] == "Drops rows whose last answer ends in one of the given marks."
     assert method["settings"]["marks"]["default"] == "?"
