@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import sysconfig
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,7 @@ def _roots(package: str) -> list[Path]:
 def _files_hash(roots: list[Path], cache: Path, package: str) -> str:
     """Hash of the source files' contents, remembered under a hash of their names, sizes and times (thousands of files: one entry, not one each)."""
     from ftpipe.canonical import file_digest
+    from ftpipe.models.hashes import SETTLED
     from ftpipe.pipeline.store import write_atomic
 
     files = [(p.relative_to(root).as_posix() if p != root else p.name, p) for root in roots for p in _code(root)]
@@ -133,7 +135,8 @@ def _files_hash(roots: list[Path], cache: Path, package: str) -> str:
         if known["stamps"] == stamps:
             return str(known["sha256"])
     sha256 = digest([[name, file_digest(path)] for name, path in files])
-    write_atomic(entry, json.dumps({"stamps": stamps, "sha256": sha256}))
+    if all(time.time() - path.stat().st_mtime > SETTLED for _, path in files):  # an edit within the clock's tick would go unseen
+        write_atomic(entry, json.dumps({"stamps": stamps, "sha256": sha256}))
     return sha256
 
 
