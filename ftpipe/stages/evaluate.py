@@ -128,7 +128,7 @@ class Evaluate(Stage):
         for c in compared:
             if c["a"] == "adapter":
                 ctx.log.info("%s %s: adapter %.4f, %s %.4f, better by %+.4f (%s to %s), %d items", c["suite"], c["metric"], c["mean_a"], c["b"], c["mean_b"],
-                             c["difference"], c["low"] and f"{c['low']:+.4f}", c["high"] and f"{c['high']:+.4f}", c["n"])
+                             c["difference"], *("unbounded" if c[e] is None else f"{c[e]:+.4f}" for e in ("low", "high")), c["n"])
 
     def _systems(self, ctx: StageContext, beaten: dict[str, Any] | None) -> list[System]:
         """The base first, then the candidate, the controls and the champion."""

@@ -20,14 +20,14 @@ class Slices(Diagnostic):
     def diagnose(self, evidence: Evidence) -> Finding:
         with connect() as con:
             con.register("items", evidence.items)
-            table = con.execute("""
+            table = con.sql("""
                 select a.suite, a.metric, a.slice, count(*) as n, sum(b.score * b.weight) / sum(b.weight) as base,
                        sum(a.score * a.weight) / sum(a.weight) as adapter,
                        case when bool_and(a.higher_is_better) then adapter - base else base - adapter end as difference
                 from items a join items b using (suite, metric, item_id)
                 where a.system = 'adapter' and b.system = 'base' and a.weight > 0
                 group by a.suite, a.metric, a.slice having count(*) >= $n order by a.suite, a.metric, difference, a.slice""",
-                {"n": self.min_items}).to_arrow_table()
+                params={"n": self.min_items}).to_arrow_table()
         worse: dict[str, list[bool]] = {}
         for row in table.to_pylist():
             worse.setdefault(f"{row['suite']} {row['metric']}: share of slices that got worse", []).append(row["difference"] < 0)
