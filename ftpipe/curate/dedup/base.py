@@ -5,10 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import Field
+
 from ftpipe.curate.step import CurateStep, StepContext
+from ftpipe.curate.text import Part
 from ftpipe.data.rows import RowSet
+from ftpipe.errors import DataError
 
 if TYPE_CHECKING:
+    import duckdb
     import pyarrow as pa
 
 
@@ -19,12 +24,31 @@ class Dedup(CurateStep):
     reason: ClassVar[str] = "duplicate"
     """What the decisions say of a dropped row, unless the table has a column `reason`."""
 
+    part: Part = Field(default="all", description="What is compared: all of a row, its prompt, or its answer.")
+    prefer: str | None = Field(default=None, description="Annotation by which the row to keep is chosen (largest value); otherwise the smallest row_id.")
+    prefer_smallest: bool = Field(default=False, description="Keep the row with the smallest value of `prefer` instead.")
+
     @abstractmethod
     def duplicates(self, rows: RowSet, ctx: StepContext) -> pa.Table:
         """Which train rows to drop: row_id, keeper (row_id of the row that stays in its place), score (likeness to the keeper), perhaps reason.
 
         A keeper must itself stay. The answer must not depend on the order of the rows.
         """
+
+    def rank(self, rows: RowSet, con: duckdb.DuckDBPyConnection) -> int:
+        """Create the table `ranked` (row_id, rank from 0: of two duplicates the lower one is kept) of the train rows; returns how many."""
+        if self.prefer is None:
+            con.execute("create table ranked as select row_id, row_number() over (order by row_id) - 1 as rank from rows where split = 'train'")
+        else:
+            table = rows.annotation(self.prefer)
+            if table is None:
+                raise DataError(f"no step before this one annotates {self.prefer!r}", where=f"{self.name()}.prefer", remedy="put the step that does before it")
+            con.register("preferred", table)
+            direction = "asc" if self.prefer_smallest else "desc"
+            con.execute(f'create table ranked as select row_id, row_number() over (order by "{self.prefer}" {direction} nulls last, row_id) - 1 as rank '
+                        f"from rows left join preferred using (row_id) where split = 'train'")
+            con.unregister("preferred")
+        return con.sql("select count(*) from ranked").fetchall()[0][0]
 
     def apply(self, rows: RowSet, ctx: StepContext) -> None:
         import pyarrow as pa
