@@ -15,8 +15,6 @@ from ftpipe.stages.base import Environment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ftpipe.models.quantize.base import Quantizer
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
                    "tokenizer.model", "spiece.model")
 NO_TEMPLATE = "none"
@@ -85,13 +83,13 @@ def load_tokenizer(model: str, env: Environment) -> PreTrainedTokenizerBase:
         raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {error}", where=str(where)) from error
 
 
-def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", device: str | None = None, quantize: Quantizer | None = None) -> PreTrainedModel:
+def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", device: str | None = None, quantize: Any = None) -> PreTrainedModel:
     """The causal language model, in evaluation mode, without a key-value cache unless asked for.
 
     Args:
         dtype: floating-point type of the weights.
         device: torch device; by default `cuda` if there is one, else `cpu`.
-        quantize: a method of the slot `models/quantize` that makes the weights smaller.
+        quantize: a method of the slot `models/quantize` that makes the weights smaller. (Not typed: an import would put its code into the key of every stage.)
     Raises ConfigError for a model that transformers cannot load (unknown architecture, or code of its own: such code is never run).
     """
     import torch
