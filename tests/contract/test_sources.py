@@ -128,6 +128,6 @@ def test_what_does_not_exist_or_is_empty_is_named_before_any_work(name, env):
         source(name, {"path": "./not/here"}).identity(env)
     (env.base / "empty").mkdir()
     (env.base / "empty" / f"train.{ {'hf_dataset': 'jsonl', 'text': 'txt'}.get(name, name) }").touch()
-    with pytest.raises(FtpipeError, match="empty|no data") as caught:
+    with pytest.raises(FtpipeError, match=r"empty|no data") as caught:
         source(name, {"path": "empty"}).identity(env)
     assert "empty" in caught.value.where

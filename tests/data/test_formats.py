@@ -73,7 +73,7 @@ def test_fields_are_mapped_by_name():
     assert swapped["messages"] == QA
     with pytest.raises(FormatError, match="field 'q' is missing"):
         convert({"a": "a"}, "prompt_completion", {"prompt": "q"})
-    with pytest.raises(ConfigError, match="'promt'.*") as caught:
+    with pytest.raises(ConfigError, match="'promt', which is no field") as caught:
         check_fields({"promt": "q"}, "prompt_completion")
     assert "'prompt'" in caught.value.remedy
 

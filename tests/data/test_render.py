@@ -113,7 +113,8 @@ def test_a_template_without_end_of_turn_trains_the_content_alone(tokenizer):
 
 
 def test_a_template_that_trims_content_and_adds_thinking(tokenizer):
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content'] +", "('<think></think>' if message['role'] == 'assistant' else '') + message['content'] | trim +")
+    thought = "('<think></think>' if message['role'] == 'assistant' else '') + message['content'] | trim +"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content'] +", thought)
     renderer = Renderer(tokenizer)
     assert trained_text(renderer, renderer.messages([*CHAT[:2], {"role": "assistant", "content": "  Yes. "}])).endswith("Yes.<|im_end|>")
 

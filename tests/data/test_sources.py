@@ -212,7 +212,8 @@ def test_the_standard_library_is_documented_and_the_same_in_every_process(env):
     assert not any(" at 0x" in r.raw["prompt"] + r.raw["completion"] for r in records)
     assert all(0 < len(r.raw["completion"]) <= 1200 for r in records)
     code = ("import hashlib; from pathlib import Path; from ftpipe.stages.base import Environment; from ftpipe.data.sources.python_docs import PythonDocs;"
-            "print(hashlib.sha256(repr(list(PythonDocs(kinds=['function', 'class', 'method']).records(Environment(Path('.'), Path('.'), 't')))).encode()).hexdigest())")
+            "found = list(PythonDocs(kinds=['function', 'class', 'method']).records(Environment(Path('.'), Path('.'), 't')));"
+            "print(hashlib.sha256(repr(found).encode()).hexdigest())")
     hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd, timeout=60,
                              env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin", "HOME": home}).stdout
               for seed, home, cwd in (("1", "/tmp", env.base), ("2", "/", "/"))}
