@@ -55,6 +55,11 @@ class RunData:
             return {i for i, split in zip(*columns(self.path[-1], "kept.parquet", "row_id", "split")) if split == "train"}
         return set()
 
+    @cached_property
+    def heldout_ids(self) -> set[str]:
+        """Row ids of the held-out side, wherever rows were made."""
+        return {i for a in self.artifacts if a.has("rows.parquet") for i, split in zip(*columns(a, "rows.parquet", "row_id", "split")) if split == "heldout"}
+
     def having(self, file: str) -> list[Artifact]:
         """Artifacts with a payload file of this name: those on the adapter's path first, nearest to ingest first."""
         on_path = [a for a in self.path if a.has(file)]
@@ -131,9 +136,10 @@ def base_model(run: RunData) -> dict[str, Any]:
         if isinstance(base, dict):
             return base
     for artifact in run.artifacts:
-        model = artifact.manifest.get("material", {}).get("externals", {}).get("model")
-        if isinstance(model, dict):
-            return model
+        externals = artifact.manifest.get("material", {}).get("externals", {})
+        for model in (externals.get("model"), externals.get("base")):
+            if isinstance(model, dict):
+                return model
     return {}
 
 

@@ -40,8 +40,11 @@ def digits_for(*values: float | None) -> int:
 
 
 def interval(low: float | None, high: float | None, digits: int | None = None, *, sign: bool = False) -> str:
-    """An interval: `0.48 to 0.68`."""
-    return NONE if _absent(low) or _absent(high) else f"{number(low, digits, sign=sign)} to {number(high, digits, sign=sign)}"
+    """An interval: `0.48 to 0.68`. A side that is None is unbounded."""
+    if _absent(low) and _absent(high):
+        return "unbounded"
+    below = f"{MINUS}∞" if _absent(low) else number(low, digits, sign=sign)
+    return f"{below} to {'∞' if _absent(high) else number(high, digits, sign=sign)}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from ftpipe.artifacts import Artifact
 from ftpipe.report.numbers import count, digits_for, interval, number
 
 ADAPTER, BASE, CHAMPION = "adapter", "base", "champion"
-LOSSES = ("loss", "nll", "response_loss", "cross_entropy")
+LOSSES = ("loss",)
 """Metrics in nats per token, whose difference has a plain meaning: a factor on the likelihood of a token."""
 
 
@@ -74,11 +73,11 @@ def turned(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_words(comparison: dict[str, Any]) -> str:
-    """`better`, `worse`, or `no difference can be claimed` where the interval holds zero or there is none."""
+    """`better`, `worse`, or `no difference can be claimed` where the interval holds zero. A side that is None is unbounded."""
     low, high = comparison.get("low"), comparison.get("high")
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)) or low <= 0 <= high:
-        return "no difference can be claimed"
-    return "better" if low > 0 else "worse"
+    if low is not None and low > 0:
+        return "better"
+    return "worse" if high is not None and high < 0 else "no difference can be claimed"
 
 
 def forgetting_suites(evaluation: Artifact | None, verdict: Artifact | None = None) -> set[str]:
@@ -124,12 +123,12 @@ def unit(metric: str) -> str:
 def verdict_line(verdict: dict[str, Any] | None, registration: dict[str, Any] | None) -> str:
     """What was decided, in one sentence; empty if nothing was."""
     if registration and registration.get("registered"):
-        alias = f" as {registration['alias']}" if registration.get("alias") else ""
-        return f"Registered {registration['name']} version {registration['version']}{alias}."
+        named = f"Registered {registration['name']} version {registration['version']}"
+        return f"{named} as {registration['alias']}." if registration.get("alias") else f"{named}, without an alias: {registration.get('reason') or 'none asked for'}."
     if verdict and not verdict["passed"]:
-        failed = [rule for rule in verdict["rules"] if rule.get("required", True) and not rule["passed"]]
-        because = "; ".join(rule.get("text") or rule["name"] for rule in failed)
-        return f"Refused by the gate: {because}." if because else "Refused by the gate."
+        failed = [rule for rule in verdict["rules"] if rule.get("required", True) and rule["passed"] is False]
+        because = ", ".join(f"“{rule['name']}”" for rule in failed)
+        return f"Refused by the gate: {because} not met." if because else "Refused by the gate: no required rule could be tested."
     if registration:
         return f"Not registered: {registration.get('reason') or 'no reason given'}."
     return "Passed the gate." if verdict else ""

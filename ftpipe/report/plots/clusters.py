@@ -37,7 +37,9 @@ def scatter(x: Any, y: Any, cluster: Any, sampled: Any, name: str, label: str) -
                     continue
                 points = np.repeat(np.column_stack([x[these], y[these]]), 2, axis=0)
                 codes = np.tile([Path.MOVETO, Path.LINETO], int(these.sum()))
-                axes.add_patch(PathPatch(Path(points, codes), fill=False, edgecolor=COLOUR[f"c{hue}"], capstyle="round",
+                path = Path(points, codes)
+                path.should_simplify = False  # it would take strokes of no length away
+                axes.add_patch(PathPatch(path, fill=False, edgecolor=COLOUR[f"c{hue}"], capstyle="round",
                                          linewidth=4.2 if picked else 2.6, alpha=1 if picked else 0.28))
 
     return both(paint, height, name, label)

@@ -15,7 +15,7 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
     """A forest plot.
 
     Args:
-        entries: each with label, difference, low, high (None where there is no interval), and colour (a role of `COLOUR`). Positive is better.
+        entries: each with label, difference, low, high (None where it is unbounded), and colour (a role of `COLOUR`). Positive is better.
         unit: what the axis measures.
     """
     height = ROW * len(entries) + AXIS
@@ -35,11 +35,11 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
         for y, e in enumerate(entries):
             colour = COLOUR[e["colour"]]
             at = y if wide else y + 0.16
-            if e["low"] is not None and e["high"] is not None:
-                axes.plot([e["low"], e["high"]], [at, at], color=colour, linewidth=2.2)
+            span = [end if value is None else value for value, end in zip((e["low"], e["high"]), axes.get_xlim())]
+            axes.plot(span, [at, at], color=colour, linewidth=2.2)
             axes.plot([e["difference"]], [at], marker="o", markersize=6, color=colour, markeredgecolor=COLOUR["surface"], markeredgewidth=1)
             if wide:
-                axes.text(-222 / (width - 246), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+                axes.text(-230 / (width - 246), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
             else:
                 axes.text(0, y - 0.26, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
         axes.set_xlabel(unit)

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-ROLES = ("ink", "muted", "grid", "surface", "base", "adapter", "control", "control2", "champion", "good", "bad", "faint",
+ROLES = ("ink", "muted", "grid", "surface", "base", "adapter", "control", "control2", "champion", "good", "bad", "faint", "dropped",
          "c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7")
 COLOUR = {role: f"#0d0b{i:02x}" for i, role in enumerate(ROLES)}
 """Sentinel colours: what to hand to matplotlib for a role."""
@@ -98,7 +98,7 @@ def _inline(svg: str, width: int, height: int, name: str, label: str) -> str:
     svg = re.sub(r"xlink:href=\"#([^\"]+)\"", rf'href="#{name}-\1"', svg)
     svg = re.sub(r"font: (?:\S+ )*?([\d.]+)px [^;\"]+", r"font: \1px var(--sans)", svg)
     svg = re.sub(r" id=\"[^\"]*-(?:figure|axes|patch|matplotlib\.axis|xtick|ytick|line2d|text|PathCollection|LineCollection|FillBetween\w*)_\d+\"", "", svg)
-    svg = re.sub(r"(\d\.\d{2})\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d{2})\d+", r"\1", tag.group()), svg)  # in paths, not in the text of tick labels
     svg = _SENTINEL.sub(lambda m: f"var(--{ROLES[int(m.group(1), 16)]})", svg)
     head = f'<svg viewBox="0 0 {width * _PIXEL:g} {height * _PIXEL:g}" width="{width}" height="{height}" role="img" aria-label="{_attribute(label)}">'
     return head + svg[svg.index(">") + 1:].strip()

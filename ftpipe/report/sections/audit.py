@@ -4,59 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftpipe.artifacts import Artifact
-from ftpipe.report.collect import RunData, table
-from ftpipe.report.numbers import count, percent, setting
+from ftpipe.report.collect import RunData
+from ftpipe.report.numbers import count, percent
 from ftpipe.report.text import clean
 
 FILE, LENGTH = "audit.json", 3000
+SPLITS = {"train": "Rows for training", "heldout": "Held-out rows"}
 
 
 def build(run: RunData) -> dict[str, Any] | None:
     found = run.having(FILE)
-    if not found:
+    stated = found[0].json(FILE) if found else None
+    if not isinstance(stated, dict):
         return None
-    artifact = found[0]
-    stated = artifact.json(FILE)
-    stated = stated if isinstance(stated, dict) else {}
-    return {"step": artifact.name, "share": _share(artifact, stated), "checks": _checks(stated), "facts": _facts(stated), "example": _example(stated)}
+    return {"step": found[0].name, "splits": _splits(stated), "reasons": _reasons(stated), "warnings": [str(w) for w in stated.get("warnings") or []],
+            "ends": _ends(stated), "rows": count(stated.get("rows")), "passed": count(stated.get("passed")), "example": _example(stated)}
 
 
-def _share(artifact: Artifact, stated: dict[str, Any]) -> dict[str, str] | None:
-    """Share of all tokens that is trained on, from the counts of the rows; else as stated."""
-    if artifact.has("annotations.parquet"):
-        read = table(artifact, "annotations.parquet", ("tokens", "trained_tokens")).to_pydict()
-        if len(read) == 2 and sum(read["tokens"]):
-            trained, total = sum(read["trained_tokens"]), sum(read["tokens"])
-            return {"percent": percent(trained / total), "width": f"{100 * trained / total:.2f}", "trained": count(trained), "total": count(total)}
-    share = stated.get("trained_share")
-    return {"percent": percent(share), "width": f"{100 * share:.2f}", "trained": "", "total": ""} if isinstance(share, float) else None
+def _splits(stated: dict[str, Any]) -> list[dict[str, str]]:
+    """For each side of the split, how many of its tokens are trained on."""
+    found = stated.get("splits") if isinstance(stated.get("splits"), dict) else {}
+    return [{"name": SPLITS.get(name, name), "rows": count(s.get("rows")), "percent": percent(s["trained_share"]), "width": f"{100 * s['trained_share']:.2f}",
+             "trained": count(s.get("trained_tokens")), "tokens": count(s.get("tokens"))} for name, s in found.items() if s.get("trained_share") is not None]
 
 
-def _checks(stated: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each check with the rows that failed it."""
-    checks = stated.get("checks")
-    if not isinstance(checks, dict):
-        return []
-    return [{"name": name.replace("_", " "), "failed": n if isinstance(n, int) else 0, "value": count(n) if isinstance(n, int) else setting(n)}
-            for name, n in checks.items() if isinstance(n, (int, float, str))]
+def _reasons(stated: dict[str, Any]) -> list[dict[str, str]]:
+    """Each way in which rows failed, with the first row that did."""
+    found = stated.get("reasons") if isinstance(stated.get("reasons"), dict) else {}
+    return [{"reason": reason, "rows": count(r.get("rows")), "row_id": str(r.get("row_id") or ""), "origin": str(r.get("origin") or "")} for reason, r in found.items()]
 
 
-def _facts(stated: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(k.replace("_", " "), count(v) if isinstance(v, int) else setting(v)) for k, v in stated.items()
-            if isinstance(v, (int, str)) and not isinstance(v, bool) and len(str(v)) < 80]
+def _ends(stated: dict[str, Any]) -> list[tuple[str, str]]:
+    """The tokens that answers end with, as trained."""
+    return [(token, count(n)) for token, n in (stated.get("end_tokens") or {}).items()]
 
 
 def _example(stated: dict[str, Any]) -> dict[str, Any] | None:
-    """One rendered row as `{row_id, segments: [{text, trained}]}`, cut after `LENGTH` characters."""
-    example = stated.get("example") or next(iter(stated.get("examples") or []), None)
-    if not isinstance(example, dict) or not isinstance(example.get("segments"), list):
+    """One rendered row: its parts with text and whether they are trained on, cut after `LENGTH` characters."""
+    example = stated.get("example")
+    if not isinstance(example, dict) or not example.get("parts"):
         return None
-    segments, left = [], LENGTH
-    for s in example["segments"]:
-        if left <= 0:
-            break
-        segments.append({"text": clean(s["text"][:left]), "trained": bool(s["trained"])})
-        left -= len(s["text"])
-    total = sum(len(s["text"]) for s in example["segments"])
-    return {"row_id": example.get("row_id"), "segments": segments, "more": max(total - LENGTH, 0)}
+    parts, left = [], LENGTH
+    for part in example["parts"]:
+        if left > 0:
+            parts.append({"text": clean(part["text"][:left]), "trained": bool(part["trained"])})
+        left -= len(part["text"])
+    return {"row_id": str(example.get("row_id") or ""), "origin": str(example.get("origin") or ""), "parts": parts, "more": max(-left, 0)}

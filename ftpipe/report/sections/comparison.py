@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from typing import Any
 
-from ftpipe.report.collect import RunData
-from ftpipe.report.numbers import count, interval, number, percent
+from ftpipe.report.collect import RunData, table
+from ftpipe.report.numbers import count, digits_for, interval, number, percent
 from ftpipe.report.plots.forest import forest
 from ftpipe.report.summary import ADAPTER, BASE, CHAMPION, row_digits, unit
 
 TONE = {"better": "good", "worse": "bad"}
+SLICES = "diagnostics/slices.parquet"
+ENDS = 5
 
 
 def build(run: RunData) -> dict[str, Any] | None:
@@ -17,7 +20,7 @@ def build(run: RunData) -> dict[str, Any] | None:
     if not found["rows"] and not found["verdict"]:
         return None
     return {"suites": [_suite(row, found["systems"], run) for row in found["rows"]], "forests": _forests(found["rows"], run),
-            "rules": [_rule(r) for r in (found["verdict"] or {}).get("rules", [])], "verdict": found["verdict"], "line": found["line"]}
+            "rules": [_rule(r) for r in (found["verdict"] or {}).get("rules", [])], "line": found["line"], "groups": _groups(run), "drawings": _drawings(run)}
 
 
 def role_name(system: str, run: RunData) -> str:
@@ -61,7 +64,53 @@ def _clip(text: str) -> str:
 
 
 def _rule(rule: dict[str, Any]) -> dict[str, Any]:
-    digits = 3
-    return {"name": rule["name"], "text": rule.get("text") or "", "passed": rule["passed"], "required": rule.get("required", True),
-            "value": number(rule.get("value"), digits, sign=True), "interval": interval(rule.get("low"), rule.get("high"), digits, sign=True),
-            "limit": number(rule.get("limit"), digits, sign=True) if rule.get("limit") is not None else ""}
+    """One rule with its numbers; `state` is passed, failed or skipped."""
+    digits = digits_for((rule["high"] - rule["low"]) / 2) if None not in (rule.get("low"), rule.get("high")) else 3
+    state = {True: "passed", False: "failed", None: "skipped"}[rule["passed"]]
+    text, measured = rule.get("text") or "", ""
+    if rule.get("require") and rule.get("value") is not None:
+        text = _asked(rule, digits)
+    if rule.get("value") is not None:
+        measured = f"Measured: {number(rule['value'], digits, sign=True)}, interval {interval(rule.get('low'), rule.get('high'), digits, sign=True)}."
+    return {"name": rule["name"], "text": text, "measured": measured, "state": state, "required": rule.get("required", True),
+            "tone": "good" if state == "passed" else "bad" if state == "failed" and rule.get("required", True) else "none"}
+
+
+def _asked(rule: dict[str, Any], digits: int) -> str:
+    """What a rule asks for, in words."""
+    who = f"the {rule['against']}" if rule["against"] in (BASE, CHAMPION) else rule["against"]
+    limit = number(abs(rule["limit"]), digits) if rule.get("limit") else ""
+    if rule["require"] == "better":
+        asked = f"better than {who}" + (f" by more than {limit}" if limit else "")
+    else:
+        asked = f"worse than {who} by no more than {limit}" if limit else f"no worse than {who}"
+    return f"{rule['suite']}: {asked}, with the whole interval."
+
+
+def _groups(run: RunData) -> list[dict[str, Any]]:
+    """Where the adapter gained and lost most, group by group, from the evaluation's `slices` diagnostic; no intervals, so a hint and no finding."""
+    if run.evaluation is None or not run.evaluation.has(SLICES):
+        return []
+    by_suite: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in table(run.evaluation, SLICES).to_pylist():
+        by_suite.setdefault((line["suite"], line["metric"]), []).append(line)
+    found = []
+    for (suite, metric), lines in by_suite.items():
+        if len(lines) < 2:
+            continue
+        lines.sort(key=lambda line: (-line["difference"], line["slice"]))
+        ends = lines if len(lines) <= 2 * ENDS else [*lines[:ENDS], *lines[-ENDS:]]
+        widest = max(abs(line["difference"]) for line in ends) or 1.0
+        found.append({"suite": suite, "metric": metric, "n": count(len(lines)), "worse": count(sum(line["difference"] < 0 for line in lines)),
+                      "cut": len(lines) > len(ends), "lines": [{"slice": line["slice"] or "(none)", "n": count(line["n"]), "value": number(line["difference"], 2, sign=True),
+                                                                "width": f"{50 * abs(line['difference']) / widest:.1f}", "up": line["difference"] >= 0} for line in ends]})
+    return found
+
+
+def _drawings(run: RunData) -> list[dict[str, str]]:
+    """Plots of the evaluation's diagnostics. They go in as images, so that nothing inside them can run or reach out."""
+    if run.evaluation is None:
+        return []
+    names = sorted(n for n in run.evaluation.manifest["files"] if n.startswith("diagnostics/") and n.endswith(".svg"))
+    return [{"name": n.removeprefix("diagnostics/").removesuffix(".svg").replace("_", " "),
+             "source": "data:image/svg+xml;base64," + b64encode(run.evaluation.file(n).read_bytes()).decode()} for n in names]

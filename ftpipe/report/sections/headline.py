@@ -14,7 +14,9 @@ from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 
 def build(run: RunData) -> dict[str, Any]:
     found = run.summary
-    return {"state": _state(found), "title": _title(run), "sentences": _sentences(run), "tiles": _tiles(run), "facts": _facts(run)}
+    lead = found["primary"]
+    return {"state": _state(found), "title": _title(run), "lead": _lead(lead["row"], lead["comparison"]) if lead else [], "further": _further(run),
+            "tiles": _tiles(run), "facts": _facts(run)}
 
 
 def _state(found: dict[str, Any]) -> dict[str, str] | None:
@@ -40,21 +42,22 @@ def _title(run: RunData) -> str:
     return "A run, and what became of its rows"
 
 
-def _sentences(run: RunData) -> list[str]:
+def _further(run: RunData) -> list[str]:
+    """What else decides: the control, forgetting, and why it was refused."""
     found, said = run.summary, []
     lead = found["primary"]
     if lead:
-        said += _lead(lead["row"], lead["comparison"])
         for other, comparison in lead["row"]["against"].items():
             if other in run.controls:
-                said.append(_control(lead["row"], comparison))
+                said.append(_control(other, comparison))
     for row in found["rows"]:
         if row["forgetting"] and BASE in row["against"]:
             said.append(_forgetting(row, row["against"][BASE]))
             break
     if found["verdict"] and not found["verdict"]["passed"]:
-        failed = [r for r in found["verdict"]["rules"] if r.get("required", True) and not r["passed"]]
-        said.append(f"It was refused because {len(failed)} of the required rules failed: {', '.join(r['name'] for r in failed)}.")
+        failed = [r["name"] for r in found["verdict"]["rules"] if r.get("required", True) and r["passed"] is False]
+        why = f"of what the gate requires, this was not met: {', '.join(failed)}" if failed else "nothing that the gate requires could be tested"
+        said.append(f"It was refused because {why}.")
     elif found["registration"] and not found["registration"].get("registered"):
         said.append(f"It was not registered: {found['registration'].get('reason') or 'no reason was given'}.")
     return said
@@ -63,21 +66,22 @@ def _sentences(run: RunData) -> list[str]:
 def _lead(row: dict[str, Any], c: dict[str, Any]) -> list[str]:
     digits = row_digits(row)
     adapter, base = (number(row["means"].get(s), digits) for s in ("adapter", BASE))
-    start = f"On {count(c['n'])} held-out items that it never saw in training, the adapter's {_metric(row)} is {adapter}, the base model's {base}"
+    start = f"On {count(c['n'])} held-out items that it never saw in training, the adapter's {_metric(row)} is {adapter}; the base model's is {base}"
     if c["words"] == "no difference can be claimed":
-        return [f"{start}. The difference lies within the noise of the measurement: no difference can be claimed."]
-    verb = "better" if c["words"] == "better" else "worse"
-    said = [f"{start}: {verb}, and by more than chance explains."]
+        return [f"{start}. That is within the noise of the measurement: no difference can be claimed."]
+    said = [f"{start}. The adapter is {c['words']}, by more than chance explains."]
     if row["metric"] in LOSSES and c["words"] == "better":
-        said.append(f"Each token of the right answers became about {number(math.exp(c['difference']), 2)} times as likely.")
+        said.append(f"Each token of the right answers became about {number(math.exp(c['difference']), 2)} times as likely (geometric mean).")
     return said
 
 
-def _control(row: dict[str, Any], c: dict[str, Any]) -> str:
-    name = "an adapter trained on as many tokens of randomly chosen rows"
+def _control(other: str, c: dict[str, Any]) -> str:
+    name = f"the control {other}, trained on rows chosen otherwise"
+    if "random" in other.lower():
+        name = "an adapter trained on randomly chosen rows of equal budget"
     if c["words"] == "no difference can be claimed":
-        return f"Against {name}, no difference can be claimed: choosing the rows did not measurably help here."
-    return f"It is {c['words']} than {name}: choosing the rows {'helped' if c['words'] == 'better' else 'did harm'}."
+        return f"Against {name}, no difference can be claimed: the choice of rows did not measurably help here."
+    return f"It is {c['words']} than {name}: the choice of rows {'helped' if c['words'] == 'better' else 'did harm'}."
 
 
 def _forgetting(row: dict[str, Any], c: dict[str, Any]) -> str:
@@ -119,8 +123,7 @@ def _tile(title: str, row: dict[str, Any], c: dict[str, Any]) -> dict[str, str]:
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     facts = []
-    base = base_model(run)
-    name = base.get("model") or base.get("name") or params(run.adapter).get("model")
+    name = base_model(run).get("model") or params(run.adapter).get("model")
     if name:
         facts.append(("Base model", str(name)))
     if run.adapter and run.adapter.has("adapter/ftpipe_adapter.json"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftpipe.artifacts import Artifact
 from ftpipe.report.collect import RunData, base_model, params, seconds
-from ftpipe.report.numbers import count, setting, short_key, size
+from ftpipe.report.numbers import count, number, setting, short_key, size
 from ftpipe.report.numbers import seconds as duration
 from ftpipe.report.plots.dag import BOX, TALL, layout
 from ftpipe.report.sections.training import _flat
@@ -29,7 +29,19 @@ def _stage(artifact: Artifact) -> dict[str, Any]:
             "seconds": duration(seconds(artifact)), "size": size(artifact.size()), "files": len(artifact.manifest["files"]),
             "settings": list(_flat(material.get("params") or {}).items()),
             "externals": [(k, _short(v)) for k, v in _flat(material.get("externals") or {}).items()],
-            "libraries": ", ".join(f"{k} {v}" for k, v in sorted((material.get("libraries") or {}).items())), "code": len(material.get("code") or {})}
+            "libraries": ", ".join(f"{k} {v}" for k, v in sorted((material.get("libraries") or {}).items())), "code": len(material.get("code") or {}),
+            "found": _found(artifact)}
+
+
+def _found(artifact: Artifact) -> list[tuple[str, str]]:
+    """The plain numbers of a curation step's own JSON."""
+    found = []
+    for name in sorted(artifact.manifest["files"]):
+        if artifact.kind == "curate_step" and name.endswith(".json") and "/" not in name:
+            stated = artifact.json(name)
+            found += [(k.replace("_", " "), number(v) if isinstance(v, float) else setting(v)) for k, v in (stated.items() if isinstance(stated, dict) else ())
+                      if isinstance(v, (int, float, str)) and len(str(v)) < 100]
+    return found
 
 
 def _short(value: str) -> str:

@@ -28,14 +28,21 @@ def build(run: RunData) -> dict[str, Any] | None:
 
 def _with_gaps(path: list[Artifact], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The steps, and between them the rows that left without a decision because they are held out."""
-    heldout = sum(columns(a, "rows.parquet", "split")[0].count("heldout") for a in path if a.has("rows.parquet"))
+    heldout = {a.name: _heldout(a) for a in path}
     result = []
     for step, following in zip(steps, [*steps[1:], None]):
         result.append(step)
         gap = step["rows_kept"] - following["rows_in"] if following else 0
         if gap > 0:
-            result.append({"step": None, "rows": gap, "why": "held out for evaluation, never trained on" if gap == heldout else "not passed to the next step"})
+            held = gap == heldout[step["step"]]
+            result.append({"step": None, "rows": gap, "why": "held out for evaluation, never trained on" if held else "not passed to the next step"})
     return result
+
+
+def _heldout(artifact: Artifact) -> int:
+    """Held-out rows that the artifact passes on."""
+    file = next((f for f in ("kept.parquet", "rows.parquet") if artifact.has(f)), None)
+    return columns(artifact, file, "split")[0].count("heldout") if file else 0
 
 
 def _bars(steps: list[dict[str, Any]], widest: int) -> list[dict[str, Any]]:

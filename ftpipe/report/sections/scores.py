@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from ftpipe.artifacts import Artifact
+from ftpipe.artifacts import DECISIONS, Artifact
 from ftpipe.report.collect import RunData, table
-from ftpipe.report.numbers import count, number, setting
+from ftpipe.report.numbers import count, number
 from ftpipe.report.plots.clusters import scatter
 from ftpipe.report.plots.histograms import histogram
 
-ANNOTATIONS, CLUSTERS = "annotations.parquet", "clusters.parquet"
+ANNOTATIONS, CLUSTERS, AUDIT = "annotations.parquet", "clusters.parquet", "audit.json"
 PLOTS, POINTS = 8, 5000
-LENGTHS = ("tokens", "trained_tokens", "prompt_tokens")
-SKIPPED = ("row_id", "cluster", "times", "x", "y", "prompt_tokens")
-UNITS = {"tokens": "tokens in the row", "trained_tokens": "tokens trained on", "loss": "nats per token", "nll": "nats per token",
-         "perplexity": "perplexity", "learnability": "1 − loss of the reference / loss of the base"}
+TITLES = {"tokens": ("Length", "tokens in the row"), "trained_tokens": ("Trained length", "tokens trained on"), "loss": ("Loss", "nats per token"),
+          "perplexity": ("Perplexity", "perplexity under the base model"), "learnability": ("Learnability", "1 − loss of the reference / loss of the base"),
+          "loss_reference": ("Loss of the reference model", "nats per token")}
+"""Columns whose meaning is known: heading and axis."""
+SAME = {"loss": ("perplexity",), "nll": ("loss", "perplexity"), "loss_base": ("loss", "perplexity"), "trained_tokens": (), "prompt_tokens": ("tokens",)}
+"""Columns that say what another one already shows."""
+SKIPPED = ("row_id", "cluster", "times", "x", "y", "sampling_weight")
+FACTS = {"drawn": "drawn, with repeats", "distinct": "different rows drawn", "oracle_calls": "losses asked for"}
 
 
 def build(run: RunData) -> dict[str, Any] | None:
@@ -31,37 +35,33 @@ def _histograms(run: RunData) -> list[dict[str, Any]]:
     plots, seen = [], set()
     for artifact in run.having(ANNOTATIONS):
         read = table(artifact, ANNOTATIONS)
-        chosen = np.array([i in run.trained_ids for i in read["row_id"].to_pylist()], dtype=bool)
-        eligible = _train_rows(artifact, read["row_id"].to_pylist())
+        ids = read["row_id"].to_pylist()
+        dropped_here = _dropped(artifact)
+        eligible = np.array([i not in run.heldout_ids for i in ids], dtype=bool)
+        trained = np.array([i in run.trained_ids for i in ids], dtype=bool)
+        dropped = np.array([i in dropped_here for i in ids], dtype=bool) & ~trained
         for name in read.column_names:
-            if name in SKIPPED or name in seen or len(plots) == PLOTS:
+            if name in SKIPPED or name in seen or len(plots) == PLOTS or any(other in seen or other in read.column_names for other in SAME.get(name, ())):
                 continue
             values = _numbers(read[name])
-            if values is None:
-                continue
-            finite = np.isfinite(values) & eligible
-            if finite.sum() < 2 or np.ptp(values[finite]) == 0:
+            shown = eligible & np.isfinite(values) if values is not None else eligible & False
+            if shown.sum() < 2 or np.ptp(values[shown]) == 0:
                 continue
             seen.add(name)
-            kept, dropped = values[finite & chosen], values[finite & ~chosen]
-            plots.append({"title": name.replace("_", " "), "step": artifact.name, "n": count(int(finite.sum())),
-                          "median_kept": number(float(np.median(kept))) if kept.size else "", "median_dropped": number(float(np.median(dropped))) if dropped.size else "",
-                          "length": name in LENGTHS,
-                          "svg": histogram(kept, dropped, f"hist{len(plots)}", f"Distribution of {name} over {finite.sum()} rows", UNITS.get(name, name.replace("_", " ")))})
-    return sorted(plots, key=lambda p: p["length"])
+            groups = [("adapter", values[shown & trained]), ("faint", values[shown & ~trained & ~dropped]), ("dropped", values[shown & dropped])]
+            title, unit = TITLES.get(name, (name.replace("_", " ").capitalize(), name.replace("_", " ")))
+            medians = [number(float(np.median(v))) if v.size else "" for v in (groups[0][1], values[shown & ~trained])]
+            plots.append({"title": title, "step": artifact.name, "n": count(int(shown.sum())), "medians": medians, "audit": artifact.has(AUDIT),
+                          "svg": histogram(groups, f"hist{len(plots)}", f"{title}: distribution over {shown.sum()} rows", unit)})
+    return sorted(plots, key=lambda p: p["audit"])
 
 
-def _train_rows(artifact: Artifact, ids: list[str]) -> Any:
-    """Which of the rows the step decided on: held-out rows are annotated too, but nobody chose among them."""
-    import numpy as np
-
-    if not artifact.has("decisions.parquet"):
-        return np.ones(len(ids), dtype=bool)
-    heldout: set[str] = set()
-    if artifact.has("kept.parquet"):
-        kept = table(artifact, "kept.parquet", ("row_id", "split")).to_pydict()
-        heldout = {i for i, split in zip(kept["row_id"], kept["split"]) if split == "heldout"}
-    return np.array([i not in heldout for i in ids], dtype=bool)
+def _dropped(artifact: Artifact) -> set[str]:
+    """Rows that the artifact's own step dropped."""
+    if not artifact.has(DECISIONS):
+        return set()
+    read = table(artifact, DECISIONS, ("row_id", "kept"))
+    return {i for i, kept in zip(read["row_id"].to_pylist(), read["kept"].to_pylist()) if not kept}
 
 
 def _numbers(column: Any) -> Any:
@@ -69,7 +69,7 @@ def _numbers(column: Any) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    if pa.types.is_boolean(column.type) or not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         return None
     return np.array([float("nan") if v is None else v for v in column.to_pylist()], dtype=np.float64)
 
@@ -84,14 +84,16 @@ def _clusters(run: RunData) -> dict[str, Any] | None:
     read = table(artifact, CLUSTERS).to_pydict()
     if not {"x", "y", "cluster", "row_id"} <= set(read) or not read["row_id"]:
         return None
-    times = np.array(read.get("times") or [i in run.trained_ids for i in read["row_id"]], dtype=np.float64)
+    times = np.array(read["times"] if "times" in read else [i in run.trained_ids for i in read["row_id"]], dtype=np.float64)
     order = np.array(_drawn(read["row_id"], times > 0))
     x, y, cluster = (np.array(read[c], dtype=np.float64)[order] for c in ("x", "y", "cluster"))
     fine = np.isfinite(x) & np.isfinite(y)
+    if not fine.any():
+        return None
     stated = artifact.json("sensitivity.json") if artifact.has("sensitivity.json") else {}
-    facts = [(k.replace("_", " "), number(v) if isinstance(v, float) else setting(v)) for k, v in stated.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)]
+    facts = [f"{title}: {count(stated[k])}" for k, title in FACTS.items() if isinstance(stated.get(k), int)]
     sizes = np.unique(read["cluster"], return_counts=True)[1]
-    return {"step": artifact.name, "rows": count(len(times)), "sampled": count(int((times > 0).sum())), "clusters": count(len(sizes)), "facts": facts[:8],
+    return {"step": artifact.name, "rows": count(len(times)), "sampled": count(int((times > 0).sum())), "clusters": count(len(sizes)), "facts": facts,
             "smallest": count(int(sizes.min())), "largest": count(int(sizes.max())), "shown": count(len(order)) if len(order) < len(times) else "",
             "svg": scatter(x[fine], y[fine], cluster[fine].astype(int), (times[order] > 0)[fine], "clusters", f"{len(times)} rows in {len(sizes)} clusters")}
 
@@ -101,9 +103,6 @@ def _drawn(ids: list[str], sampled: Any) -> list[int]:
     if len(ids) <= POINTS:
         return list(range(len(ids)))
     rank = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
-    share = POINTS / len(ids)
-    chosen = []
-    for flag in (True, False):
-        group = [i for i in rank if bool(sampled[i]) == flag]
-        chosen += group[:max(round(share * len(group)), min(len(group), 1))]
-    return sorted(chosen)
+    groups = [[i for i in rank if bool(sampled[i]) == flag] for flag in (True, False)]
+    first = min(max(round(POINTS * len(groups[0]) / len(ids)), min(len(groups[0]), 1)), POINTS)
+    return sorted(groups[0][:first] + groups[1][:POINTS - first])
