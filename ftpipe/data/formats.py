@@ -44,6 +44,7 @@ class FormatError(DataError):
     """A row that does not have the shape it should. `reason` is short and equal for equal causes; `detail` says more about this row."""
 
     def __init__(self, reason: str, detail: str = ""):
+        reason, detail = _clean(reason), _clean(detail)
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
@@ -91,7 +92,7 @@ def convert(raw: Mapping[str, Any], name: str = "auto", fields: Mapping[str, str
         mapped[target] = raw[own]
     used = _Fields(mapped)
     row = {"format": None, "messages": None, "chosen": None, "rejected": None, "text": None} | _CONVERT[recognise(mapped) if name == "auto" else name](used)
-    row["meta"] = {str(k): plain(v) for k, v in mapped.items() if k not in used.read and v is not None}
+    row["meta"] = {_clean(str(k)): plain(v) for k, v in mapped.items() if k not in used.read and v is not None}
     return row
 
 
@@ -145,11 +146,11 @@ def _turn(turn: Any, field: str) -> Message:
         raise FormatError(f"{_name(field)} is not a turn", f"{field} is {type(turn).__name__}, not an object")
     role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
     role = turn.get(role_key)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise FormatError(f"{_name(field)}.{role_key} is no known role", f"{field}.{role_key} is {role!r}; {nearest(str(role), ROLES)}")
     content = turn.get(text_key)
     calls = turn.get("tool_calls")
-    if calls and not content:  # calls of the OpenAI form become the text that ShareGPT's function_call turns hold
+    if calls and not content and isinstance(calls, (list, tuple)):  # calls of the OpenAI form become the text that ShareGPT's function_call turns hold
         content = "\n".join(json.dumps(plain(call.get("function", call) if isinstance(call, Mapping) else call), ensure_ascii=False) for call in calls)
     if isinstance(content, (list, tuple)):
         content = _parts(content, f"{field}.{text_key}")
@@ -256,16 +257,21 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
-        return value.encode(errors="replace").decode()
+        return _clean(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {_clean(str(k)): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, (bytes, bytearray)):
         return value.hex()
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _clean(text: str) -> str:
+    """`text` with lone surrogates, which no encoding can hold, written out as \\udXXX."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 _CONVERT: dict[str, Callable[[_Fields], dict[str, Any]]] = {

@@ -26,7 +26,9 @@ QUARANTINE = "quarantine.parquet"
 BATCH = 2000
 """Rows held in memory at a time."""
 SHOWN = 5
-"""Reasons and examples that an error or the log names."""
+"""Reasons that an error or the log names."""
+UNSEEN_TOOLS = "have `tools`, which are kept as meta and not shown to the model"
+MARKED_BAD = "have `label: false`, an answer marked as bad, and are taken like the others"
 
 
 class Heldout(BaseModel):
@@ -82,26 +84,28 @@ class Ingest(Stage):
 
     def run(self, ctx: StageContext) -> None:
         staged = ctx.work / "staged.parquet"
-        read = _Reading(self)
+        read = Reading(self)
         read.write(chain.from_iterable(s.records(ctx.env) for s in self._sources()), staged, ctx)
         read.judge()
         split = _assign(staged, self.heldout, read, ctx)
         self._report(ctx, read, split)
 
-    def _report(self, ctx: StageContext, read: _Reading, split: dict[str, Any]) -> None:
+    def _report(self, ctx: StageContext, read: Reading, split: dict[str, Any]) -> None:
         summary = {
             "rows": read.good, "quarantined": sum(read.faults.values()), "sources": dict(sorted(read.sources.items())),
-            "formats": dict(sorted(read.formats.items())), "reasons": dict(read.faults.most_common()), "examples": read.examples, "split": split,
+            "formats": dict(sorted(read.formats.items())), "reasons": dict(read.faults.most_common()), "examples": read.examples, "warnings": dict(sorted(read.warnings.items())), "split": split,
         }
         (ctx.out / "ingest.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
         ctx.meta |= {"formats": summary["formats"], "split": {side: split[side]["rows"] for side in (TRAIN, HELDOUT)}}
         ctx.log.info("%d rows (%s); train %d, held out %d of %d groups", read.good, ", ".join(f"{n} {f}" for f, n in summary["formats"].items()),
                      split[TRAIN]["rows"], split[HELDOUT]["rows"], split[HELDOUT]["groups"])
+        for warning, n in sorted(read.warnings.items()):
+            ctx.log.warning("%d rows %s", n, warning)
         for reason, n in read.faults.most_common(SHOWN):
             ctx.log.warning("quarantined %d: %s (first: %s)", n, reason, read.examples[reason])
 
 
-class _Reading:
+class Reading:
     """The first pass: records become rows of a staging table, or of the quarantine."""
 
     def __init__(self, stage: Ingest):
@@ -110,6 +114,7 @@ class _Reading:
         self.sources: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.named_groups: set[str] = set()
 
@@ -117,13 +122,11 @@ class _Reading:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = _staging_schema()
-        aside_schema = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("detail", pa.string()),
-                                  ("raw", pa.string())])
+        schema, aside_schema = self.staging_schema(), self.aside_schema()
         with pq.ParquetWriter(staged, schema, compression="zstd") as rows, pq.ParquetWriter(ctx.out / QUARANTINE, aside_schema, compression="zstd") as aside:
             good, bad = [], []
             for record in records:
-                row = self._row(record)
+                row = self.row(record)
                 (bad if "reason" in row else good).append(row)
                 if len(good) >= BATCH:
                     rows.write_table(pa.Table.from_pylist(good, schema))
@@ -137,7 +140,24 @@ class _Reading:
             rows.write_table(pa.Table.from_pylist(good, schema))
             aside.write_table(pa.Table.from_pylist(bad, aside_schema))
 
-    def _row(self, record: Any) -> dict[str, Any]:
+    @staticmethod
+    def staging_schema():
+        """A row without its id and side, and what decides them: `heldout`, and `rank`, the order in which held-out rows are kept."""
+        import pyarrow as pa
+
+        fields = [f for f in rows_schema() if f.name not in ("row_id", "split")]
+        return pa.schema([*fields, pa.field("heldout", pa.bool_()), pa.field("rank", pa.float64())])
+
+    @staticmethod
+    def aside_schema():
+        """`quarantine.parquet`: where the row was, why it was set aside, and what was there."""
+        import pyarrow as pa
+
+        return pa.schema([("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("detail", pa.string()),
+                          ("raw", pa.string())])
+
+    def row(self, record: Any) -> dict[str, Any]:
+        """A record as a row of one schema or the other; the quarantined have a `reason`."""
         if record.error is not None:
             return self._aside(record, record.error, record.detail, record.text)
         try:
@@ -149,6 +169,7 @@ class _Reading:
         row |= {"content_id": content_id(row), "source": record.source, "line": record.line, "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True)}
         row["group"] = group if group is not None else row["content_id"]
         self.good += 1
+        self.warnings.update([UNSEEN_TOOLS] * bool(meta.get("tools")) + [MARKED_BAD] * (meta.get("label") is False))
         self.formats[row["format"]] += 1
         self.sources[record.source] += 1
         return row | {"heldout": self._heldout(row), "rank": _draw(self.seed, "rank", row["content_id"])}
@@ -160,7 +181,7 @@ class _Reading:
         value = record.raw.get(field, (record.meta or {}).get(field))
         if value is None or value == "":
             raise FormatError(f"group field {field!r} is missing", f"the row has {', '.join(sorted(map(str, record.raw)))}")
-        return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False, sort_keys=True)
+        return plain(value) if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False, sort_keys=True)
 
     def _heldout(self, row: dict[str, Any]) -> bool:
         rule = self.stage.heldout
@@ -196,14 +217,7 @@ def _draw(seed: int, purpose: str, text: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}:{text}".encode()).digest()[:6], "big") / 2**48
 
 
-def _staging_schema():
-    import pyarrow as pa
-
-    fields = [f for f in rows_schema() if f.name not in ("row_id", "split")]
-    return pa.schema([*fields, pa.field("heldout", pa.bool_()), pa.field("rank", pa.float64())])
-
-
-def _assign(staged: Path, rule: Heldout, read: _Reading, ctx: StageContext) -> dict[str, Any]:
+def _assign(staged: Path, rule: Heldout, read: Reading, ctx: StageContext) -> dict[str, Any]:
     """The second pass: row ids, sides and decisions from the whole set, then `rows.parquet` batch by batch in the order of reading."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -252,7 +266,7 @@ def _count(con: duckdb.DuckDBPyConnection, limit: int) -> dict[str, Any]:
     return {side: dict(zip(("rows", "groups"), con.execute(query, [side == HELDOUT, limit]).fetchall()[0])) for side in (TRAIN, HELDOUT)}
 
 
-def _check_split(rule: Heldout, split: dict[str, Any], read: _Reading) -> None:
+def _check_split(rule: Heldout, split: dict[str, Any], read: Reading) -> None:
     missing = [g for g in rule.groups or () if g not in read.named_groups]
     if missing:
         raise DataError(f"heldout.groups names {missing[0]!r}, which no row belongs to", remedy="check the spelling and `group_by`")

@@ -234,6 +234,12 @@ def test_a_large_source_is_never_held_in_memory(tmp_path, ingest):
     assert peak < 25e6  # a batch of 2,000 rows is 4 MB of text
 
 
+def test_what_a_row_says_and_the_model_will_not_see_is_a_warning(tmp_path, ingest):
+    put(tmp_path, "d.jsonl", [*grouped(10), {"prompt": "q", "completion": "a", "tools": "[{}]"}, {"prompt": "q", "completion": "b", "label": False}])
+    warnings = ingest(source={"jsonl": {"path": "d.jsonl"}}).json("ingest.json")["warnings"]
+    assert {text.split("`")[1]: n for text, n in warnings.items()} == {"tools": 1, "label: false": 1}
+
+
 def test_quarantined_rows_have_ids_that_never_meet_real_ones(tmp_path, ingest):
     put(tmp_path, "a.jsonl", [*grouped(20), "{\n"])
     put(tmp_path, "b.jsonl", [*grouped(20, start=20), "{\n"])
