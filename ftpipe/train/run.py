@@ -66,7 +66,7 @@ class Run:
             run under autocast to `dtype`, the type of the frozen weights.
         load_base: loads the base model once more (a reference, a teacher), frozen and in evaluation mode.
         identity: the base model's identity, see `models.loading.identity`.
-        tokenizer: the base model's tokenizer.
+        load_tokenizer: loads the base model's tokenizer.
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
         engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
@@ -78,7 +78,7 @@ class Run:
     model: Any
     load_base: Callable[[], torch.nn.Module]
     identity: dict[str, str]
-    tokenizer: Any
+    load_tokenizer: Callable[[], Any]
     rank: int = 0
     world: int = 1
     device: Any = "cpu"

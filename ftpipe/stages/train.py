@@ -1,0 +1,130 @@
+"""Train: DeepSpeed ZeRO ranks under supervision, any adapter, any objective, one adapter as the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ftpipe.errors import ConfigError, DataError
+from ftpipe.slots import choose
+from ftpipe.stages.base import Environment, Ref, Stage, StageContext
+from ftpipe.train import launch as launching
+from ftpipe.train.adapt.lora import Lora
+from ftpipe.train.objective.sft import Sft
+from ftpipe.train.optimizer.adamw import Adamw
+from ftpipe.train.schedule.linear import Linear
+from ftpipe.train.setup import Job
+
+CPU_TOKENS, GPU_TOKENS, ROWS_PER_STEP = 512, 4096, 16
+
+
+class Train(Stage):
+    """Trains an adapter on the rows of one split of another stage."""
+
+    produces: ClassVar[str] = "adapter"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers", "peft", "deepspeed", "safetensors")
+    support: ClassVar[tuple[str, ...]] = ("ftpipe.train.loop",)
+    # The loop runs in other processes, so nothing here imports it.
+
+    rows: Ref = Field(description="Stage whose rows are trained on.")
+    model: str = Field(default="", description="Base model; the pipeline's if not set.")
+    seed: int | None = Field(default=None, description="Seed of initialisation, order and dropout; the pipeline's if not set.")
+    adapt: choose("train/adapt") = Field(default=Lora(), description="What trains and where it starts, such as `lora: {r: 16}`.")
+    objective: choose("train/objective") = Field(default=Sft(), description="What is minimised.")
+    regularizers: list[choose("train/regularizer")] = Field(default=[], description="Terms added to the objective.")
+    optimizer: choose("train/optimizer") = Field(default=Adamw(), description="How a step is taken.")
+    schedule: choose("train/schedule") = Field(default=Linear(), description="How the learning rate changes.")
+    learning_rate: float = Field(default=2e-4, ge=0, description="Peak learning rate; 0 trains nothing, on purpose.")
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the learning rate climbs to its peak.")
+    epochs: int | None = Field(default=None, ge=1, description="Passes over the rows. One of epochs, steps and tokens is set, or none: 1 epoch.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
+    tokens: int | None = Field(default=None, ge=1, description="Tokens to see (prompts included); the step that would pass it is not taken.")
+    rows_per_step: int | None = Field(default=None, ge=1, description="Rows in one optimizer step, over all ranks; 16 if tokens_per_step is not set either.")
+    tokens_per_step: int | None = Field(default=None, ge=1, description="Most tokens in one optimizer step, over all ranks.")
+    batch_tokens: int | None = Field(default=None, ge=1, description="Most tokens in one micro-batch: memory against speed, without effect on what is learnt. "
+                                     "512 on a CPU, 4096 on a GPU if not set.")
+    max_tokens: int | None = Field(default=None, ge=2, description="Longer rows are left out, with that reason; the model's context if not set.")
+    shuffle: bool = Field(default=True, description="Draw the order of each epoch anew; false keeps the order of the rows.")
+    packing: bool = Field(default=True, description="Let rows share a sequence (they do not see each other); false gives each its own.")
+    ranks: int | Literal["auto"] = Field(default="auto", description="Processes that train together; auto is one for each GPU, or one on a CPU.")
+    zero: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage: what is spread over the ranks (1 optimizer state, 2 and gradients, 3 and "
+                                      "parameters).")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of frozen weights and of computing; what trains is float32.")
+    clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
+    heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
+
+    @model_validator(mode="after")
+    def _choices(self) -> Train:
+        ends = [n for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None]
+        if len(ends) > 1:
+            raise ValueError(f"set one of epochs, steps and tokens, not {' and '.join(ends)}")
+        if self.rows_per_step and self.tokens_per_step:
+            raise ValueError("set one of rows_per_step and tokens_per_step")
+        if self.ranks != "auto" and self.ranks < 1:
+            raise ValueError("ranks must be 1 or more, or auto")
+        if self.batch_tokens and self.tokens_per_step and self.batch_tokens > self.tokens_per_step:
+            raise ValueError("batch_tokens is one micro-batch of a step, so it cannot be more than tokens_per_step")
+        return self
+
+    def key_fields(self) -> dict[str, Any]:
+        # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
+        return self.model_dump(mode="json", exclude={"ranks", "zero", "checkpoint_every", "heartbeat"})
+
+    def externals(self, env: Environment) -> dict[str, Any]:
+        from ftpipe.models.loading import identity
+
+        return {"model": identity(self.model, env)}
+
+    def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
+        if not self.model:
+            raise ConfigError("no base model is named", remedy="set `model:` at the top of the file or in this stage")
+        gpus, ranks = launching.devices(), self._ranks()
+        if gpus and ranks > gpus:
+            raise ConfigError(f"{ranks} ranks, but {gpus} GPUs", remedy=f"set ranks to {gpus} or less, or to auto")
+        if not gpus and ranks > 4 * launching.cores():
+            raise ConfigError(f"{ranks} ranks on {launching.cores()} processors would take turns", remedy=f"set ranks to {launching.cores()} or less")
+        if self.zero == 3 and ranks == 1:
+            raise ConfigError("ZeRO stage 3 spreads the parameters over ranks, and there is one rank", remedy="set ranks to 2 or more, or zero to 2")
+        for method in (self.adapt, *self.regularizers, self.optimizer):
+            if self.zero not in type(method).zero_stages:
+                common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in (self.adapt, *self.regularizers, self.optimizer))]
+                raise ConfigError(f"{method.name()} does not work under ZeRO stage {self.zero}",
+                                  remedy=f"set zero to {' or '.join(map(str, common))}" if common else "these methods have no ZeRO stage in common")
+        source = pipeline.get(self.rows)
+        if source is not None and source.produces not in ("rows", ""):
+            raise ConfigError(f"rows names {self.rows!r}, which makes {source.produces}, not rows", remedy="name a stage that passes rows on")
+
+    def _ranks(self) -> int:
+        return max(1, launching.devices()) if self.ranks == "auto" else self.ranks
+
+    def run(self, ctx: StageContext) -> None:
+        from ftpipe.data.rows import RowSet
+        from ftpipe.train import outcome, rendering
+
+        identity = self.externals(ctx.env)["model"]
+        table = RowSet(ctx.inputs[self.rows]).table()
+        if table.num_rows == 0:
+            raise DataError("there are no rows to train on", where=f"stage {self.rows}", remedy=f"see what dropped them: `ftpipe log {self.rows}`")
+        job = self._job(ctx, identity)
+        heard = outcome.Heard(ctx)
+        if not Path(job.result).is_dir():
+            if job.device == "cpu" and job.world > launching.cores():
+                ctx.log.warning("%d ranks share %d processors", job.world, launching.cores())
+            launching.launch(job, ctx.work, hear=heard, log=ctx.log.info, render=lambda: rendering.render(self, ctx, table, Path(job.tokens)))
+        outcome.finish(self, ctx, job, table, heard)
+
+    def _job(self, ctx: StageContext, identity: dict[str, str]) -> Job:
+        ranks, device = self._ranks(), "cuda" if launching.devices() else "cpu"
+        ends = {n: getattr(self, n) for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None} or {"epochs": 1}
+        plan = {"batch_tokens": self.batch_tokens or (GPU_TOKENS if device == "cuda" else CPU_TOKENS), "tokens_per_step": self.tokens_per_step,
+                "rows_per_step": self.rows_per_step or (None if self.tokens_per_step else ROWS_PER_STEP), "shuffle": self.shuffle,
+                "alone": not self.packing or not type(self.adapt).packs}
+        parts = {n: getattr(self, n).dump() for n in ("adapt", "objective", "optimizer", "schedule")} | {"regularizers": [r.dump() for r in self.regularizers]}
+        return Job(model=self.model, identity=identity, workspace=str(ctx.env.workspace), base=str(ctx.env.base), pipeline=ctx.env.pipeline,
+                   seed=self.seed or 0,
+                   dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
+                   learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
+                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="")

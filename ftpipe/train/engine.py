@@ -1,0 +1,323 @@
+"""The DeepSpeed engine as the loop and the methods see it: loss, backward, update, and every parameter, gradient and optimizer state by name.
+
+What trains is float32 and DeepSpeed is told nothing of bf16: parameters are their own master weights, and gradients are accumulated and reduced
+in float32 under every ZeRO stage. Forward passes run under torch's autocast, so that computing is done in the type of the frozen weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from ftpipe.errors import TrainingError
+from ftpipe.train.run import Batch, Run
+
+if TYPE_CHECKING:
+    import torch
+
+OptimizerState = dict[str, dict[str, Any]]
+"""By parameter name: its state by torch's names, whole tensors of the parameter's shape, and numbers such as `step`."""
+
+
+def settings(stage: int, clip: float, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Buffers are sized for `numel` trained elements; the defaults would take gigabytes for a small adapter."""
+    bucket = min(max(numel, 1024), 50_000_000)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero |= {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 1_000_000_000}
+    return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip, "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31, "wall_clock_breakdown": False}
+
+
+class Engine:
+    """Access to a DeepSpeed engine. Every method that reads or writes whole tensors is called by all ranks at the same time.
+
+    Attributes:
+        names: names of the parameters that train now. touched: of those that train now or did before.
+        share: what a batch's loss is multiplied by, set for each step (ranks / count of the whole step).
+    """
+
+    def __init__(self, run: Run, clip: float, alive: Callable[[str], None] = lambda doing: None, touched: Iterable[str] = ()):
+        self.run, self.clip, self.alive = run, clip, alive
+        self.touched = dict.fromkeys(touched)
+        self.share = 1.0
+        self.norm: float = math.nan
+        self.deepspeed: Any = None
+        self.build()
+
+    def build(self) -> None:
+        """Build the optimizer and the DeepSpeed engine for what trains now."""
+        import deepspeed
+
+        run = self.run
+        parameters = run.trainable()
+        if not parameters:
+            raise TrainingError(f"{run.adapt.name()} left nothing to train", remedy="check its settings")
+        wrong = [n for n, p in parameters.items() if str(p.dtype) != "torch.float32"]
+        if wrong:
+            raise TrainingError(f"{run.adapt.name()} left {wrong[0]} in {parameters[wrong[0]].dtype}; what trains must be float32",
+                                remedy="this is a fault of the method: its `prepare` makes it float32")
+        self.names = list(parameters)
+        self.touched |= dict.fromkeys(self.names)
+        self.groups = run.adapt.groups(run.model)
+        optimizer = run.optimizer.build([{k: v for k, v in g.items() if k != "lr_scale"} for g in self.groups])
+        self.scales = [float(g.get("lr_scale", 1.0)) for g in self.groups]
+        root = _root()(run, self)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=root, optimizer=optimizer, config=settings(run.zero, self.clip, sum(p.numel() for p in parameters.values())), dist_init_required=False)
+        self.torch_optimizer = optimizer
+        self.parameters = {n: p for n, p in run.model.named_parameters() if n in set(self.names)}
+
+    def rebuild(self, trainable: Iterable[str], forget: Iterable[str] = ()) -> None:
+        """Train another set of parameters from now on; optimizer state of those that stay, but for `forget`, is kept."""
+        state = self.optimizer_state()
+        forgotten = set(forget)
+        values = {n: self.value(n) for n in self.names}
+        self.deepspeed.destroy()
+        wanted = set(trainable)
+        for name, parameter in self.run.model.named_parameters():
+            if name in values:
+                parameter.data = values[name].to(parameter.device)
+            if name in wanted and not parameter.requires_grad:
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(name in wanted)
+            parameter.grad = None
+        self.build()
+        self.restore({n: s for n, s in state.items() if n in wanted and n not in forgotten})
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of every group, times the group's own scale."""
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = rate * scale
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The batch's part of the step's loss, through the engine (a forward pass)."""
+        import torch
+
+        self.alive(f"step {self.run.step + 1}, a micro-batch of {batch.tokens} tokens")
+        torch.manual_seed(batch.seed)
+        return self.deepspeed(batch)
+
+    def probe(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of the last place of each row of token ids [n, T], in evaluation mode: float32 [n, vocabulary]."""
+        import torch
+
+        self.run.model.eval()
+        with torch.no_grad():
+            found = self.deepspeed(ids.to(self.run.device))
+        self.run.model.train()
+        return found.float().cpu()
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Backward pass of a micro-batch; gradients are reduced over the ranks by the end of the last one."""
+        if not bool(loss.isfinite()):
+            raise TrainingError(f"the loss is {float(loss.detach())}", remedy="lower the learning rate, or look at these rows")
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def on_gradients(self) -> None:
+        """Let the parts see the gradients."""
+        self.run.adapt.on_gradients(self.run)
+        for regularizer in self.run.regularizers:
+            regularizer.on_gradients(self.run)
+        if self.run.zero == 0:
+            import torch
+
+            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+            self.norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+            self._check_norm()
+
+    def update(self) -> None:
+        """Clip and take the optimizer's step."""
+        self.deepspeed.step()
+        if self.run.zero:
+            norm = self.deepspeed.get_global_grad_norm()
+            self.norm = float(norm) if norm is not None else math.nan
+            self._check_norm()
+
+    def _check_norm(self) -> None:
+        if not math.isfinite(self.norm) or self.norm < 0:
+            raise TrainingError(f"the norm of the gradient is {self.norm}", remedy="lower the learning rate, or look at these rows")
+
+    def value(self, name: str) -> torch.Tensor:
+        """The parameter, whole, float32 (a copy)."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self.parameters[name]
+        return safe_get_full_fp32_param(parameter).clone() if self.run.zero == 3 else parameter.detach().clone()
+
+    def set_value(self, name: str, value: torch.Tensor) -> None:
+        """Set the parameter, masters included."""
+        import torch
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter = self.parameters[name]
+        value = value.to(parameter.device, torch.float32)
+        if self.run.zero:
+            safe_set_full_fp32_param(parameter, value)
+        with torch.no_grad():
+            if self.run.zero == 3:
+                part = parameter.ds_tensor
+                start = part.numel() * self.run.rank
+                flat = value.flatten()[start:start + part.numel()]
+                part.data[: flat.numel()].copy_(flat)
+            else:
+                parameter.copy_(value)
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """The gradient of the whole step over all ranks, whole, float32 (a copy), between backward and update."""
+        import torch
+        from deepspeed.utils import safe_get_full_grad
+
+        grad = safe_get_full_grad(self.parameters[name])
+        return torch.zeros_like(self.value(name)) if grad is None else grad.detach().float().clone()
+
+    def set_gradient(self, name: str, value: torch.Tensor) -> None:
+        """Replace the gradient of the whole step."""
+        from deepspeed.utils import safe_set_full_grad
+
+        parameter = self.parameters[name]
+        if self.run.zero == 0 and parameter.grad is None:
+            parameter.grad = value.to(parameter.dtype)
+        else:
+            safe_set_full_grad(parameter, value)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `Adapt.save` is given: trained parameters and those the method keeps, whole, on the CPU."""
+        found = self.trained()
+        return found | self._frozen(set(self.run.adapt.keeps(self.run.model)) - set(found))
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Every parameter that trains now or did before, whole, on the CPU."""
+        found = {n: self.value(n).cpu() for n in self.names}
+        found |= self._frozen(set(self.touched) - set(found))
+        return {n: found[n] for n in self.touched}
+
+    def _frozen(self, names: set[str]) -> dict[str, torch.Tensor]:
+        chosen = {n: p for n, p in self.run.model.named_parameters() if n in names}
+        with gathered(chosen.values(), self.run.zero):
+            return {n: p.detach().cpu().clone() for n, p in chosen.items()}
+
+    def _pieces(self) -> Iterable[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
+        """Each tensor the torch optimizer holds on this rank, and the pieces of named parameters in it: (name, start there, start in the parameter, length)."""
+        inner = self.optimizer
+        if self.run.zero == 0:
+            for name, p in self.parameters.items():
+                yield p, [(name, 0, 0, p.numel())]
+        elif self.run.zero == 3:
+            for flat in inner.fp32_partitioned_groups_flat:
+                pieces = []
+                for name, p in self.parameters.items():
+                    group, start, length = inner.grad_position[inner.get_param_id(p)]
+                    if inner.fp32_partitioned_groups_flat[group] is flat:
+                        begin = p.ds_tensor.ds_numel * self.run.rank
+                        pieces.append((name, start, begin, max(0, min(length, p.ds_numel - begin))))
+                yield flat, pieces
+        else:
+            for i, flat in enumerate(inner.single_partition_of_fp32_groups):
+                own = {id(p) for p in inner.bit16_groups[i]}
+                yield flat, [(n, m.hp_fragment_address.start, m.lp_fragment_address.start, m.hp_fragment_address.numel)
+                             for n, p in self.parameters.items() if id(p) in own and (m := p._hp_mapping) is not None]
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state by parameter, put together from all ranks. Empty before the first step."""
+        import torch
+        import torch.distributed as dist
+
+        found: OptimizerState = {n: {} for n in self.names}
+        inner = self.torch_optimizer
+        for flat, pieces in self._pieces():
+            state = inner.state.get(flat, {})
+            owners = [n for n, _, _, _ in pieces] if self.run.zero == 0 else self._group_of(flat)
+            for key, value in state.items():
+                split = self.run.zero and torch.is_tensor(value) and value.shape == flat.shape
+                for name in owners:
+                    if split:
+                        found[name][key] = torch.zeros(self._shape(name), dtype=value.dtype, device=value.device)
+                    else:
+                        found[name][key] = value.detach().clone() if torch.is_tensor(value) else value
+                for name, start, begin, length in pieces if split else ():
+                    found[name][key].view(-1)[begin:begin + length] = value[start:start + length]
+        if self.run.zero and self.run.world > 1:
+            for name in self.names:
+                for value in found[name].values():
+                    if torch.is_tensor(value) and tuple(value.shape) == self._shape(name) and value.dim():
+                        dist.all_reduce(value)
+        return {n: {k: v.cpu() if torch.is_tensor(v) else v for k, v in s.items()} for n, s in found.items() if s}
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put optimizer state back; parameters that it does not name start from nothing."""
+        import torch
+
+        if not state:
+            return
+        inner = self.torch_optimizer
+        for flat, pieces in self._pieces():
+            owners = self._group_of(flat) if self.run.zero else [n for n, _, _, _ in pieces]
+            named = [n for n in owners if n in state]
+            for key, sample in (state[named[0]] if named else {}).items():
+                if self.run.zero and torch.is_tensor(sample) and sample.dim():
+                    whole = torch.zeros_like(flat, dtype=sample.dtype)
+                    for name, start, begin, length in pieces:
+                        if name in state:
+                            whole[start:start + length] = state[name][key].flatten()[begin:begin + length].to(flat.device)
+                    inner.state[flat][key] = whole
+                elif torch.is_tensor(sample):
+                    # torch keeps the step of an optimizer on the CPU unless it is capturable or fused
+                    inner.state[flat][key] = sample.clone() if not sample.dim() else sample.clone().to(flat.device)
+                else:
+                    inner.state[flat][key] = sample
+
+    def _group_of(self, flat: torch.Tensor) -> list[str]:
+        inner = self.optimizer
+        if self.run.zero == 3:
+            return [n for n, p in self.parameters.items()
+                    if inner.fp32_partitioned_groups_flat[inner.grad_position[inner.get_param_id(p)][0]] is flat]
+        i = next(i for i, f in enumerate(inner.single_partition_of_fp32_groups) if f is flat)
+        own = {id(p) for p in inner.bit16_groups[i]}
+        return [n for n, p in self.parameters.items() if id(p) in own]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        parameter = self.parameters[name]
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter], zero: int) -> Any:
+    """A context in which parameters are whole on every rank under ZeRO 3; nothing to do elsewhere."""
+    if zero != 3:
+        return ExitStack()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def _root() -> type:
+    """The module that DeepSpeed wraps: its forward pass is the whole loss of a micro-batch, so that hooks of ZeRO 3 see all of it."""
+    import torch
+
+    class Root(torch.nn.Module):
+        def __init__(self, run: Run, engine: Engine):
+            super().__init__()
+            self.model = run.model
+            self._run, self._engine = (run,), (engine,)
+
+        def forward(self, batch: Batch | torch.Tensor) -> torch.Tensor:
+            run, engine = self._run[0], self._engine[0]
+            with ExitStack() as stack:
+                stack.enter_context(torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16"))
+                if torch.is_tensor(batch):
+                    return run.model(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+                for regularizer in run.regularizers:
+                    stack.enter_context(regularizer.forward(run, batch))
+                total = run.objective.loss(run, batch)
+                for regularizer in run.regularizers:
+                    penalty = regularizer.penalty(run, batch)
+                    if penalty is not None:
+                        total = total + penalty * batch.count
+            return total.float() * (batch.weight * engine.share)
+
+    return Root

@@ -1,0 +1,94 @@
+"""From a job to a result: ranks as supervised processes, what they report passed on, what they leave checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ftpipe
+from ftpipe.errors import InfrastructureError
+from ftpipe.train.setup import Job
+from ftpipe.train.supervise import Child, supervised
+
+
+def devices() -> int:
+    """GPUs that this process may use, counted without loading torch: those of CUDA_VISIBLE_DEVICES, else those the driver shows."""
+    from importlib.metadata import version
+
+    if version("torch").endswith("+cpu"):
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+    return min(found, len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])) if visible is not None else found
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(ranks: int) -> int:
+    """Threads for each of `ranks` ranks on this machine; OMP_NUM_THREADS lowers it."""
+    share = max(1, cores() // ranks)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdigit() and int(asked) > 0 else share
+
+
+def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None]) -> None:
+    """Run the job's ranks to the end, or raise what went wrong; no rank is left either way.
+
+    Args:
+        job: without rendezvous, which is new for each start.
+        work: folder that survives a kill.
+        hear: called with what rank 0 reports.
+        log: called with lines for the stage's log.
+        render: makes `job.tokens`; runs while the ranks import their libraries.
+    """
+    Path(job.checkpoints).mkdir(parents=True, exist_ok=True)
+    for old in work.glob("start-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="start-", dir=work))
+    job = replace(job, rendezvous=str(folder / "rendezvous"))
+    job.write(folder / "job.json")
+    commands = {f"rank {r}": ([sys.executable, "-m", "ftpipe.train.rank", str(folder / "job.json")], environment(job, r)) for r in range(job.world)}
+    began = time.monotonic()
+
+    def heard(child: Child, event: dict[str, Any]) -> None:
+        if child.name == "rank 0":
+            hear(event)
+
+    with supervised(commands, folder=folder, record=work / "ranks.json", timeout=job.heartbeat, hear=heard) as ranks:
+        try:
+            log(f"started {job.world} {'ranks' if job.world > 1 else 'rank'} on {job.device}, {job.threads} threads each, ZeRO stage {job.zero}")
+            if not Path(job.tokens).exists():
+                render()
+            ranks.wait()
+        finally:
+            for child in ranks.children:
+                if said := child.last_lines():
+                    log(f"{child.name} printed last:\n{said}")
+    if not Path(job.result).is_dir():
+        raise InfrastructureError("the ranks ended without a result", where=str(work), remedy="run again; if it stays, please report it")
+    log(f"ranks ended after {time.monotonic() - began:.1f} s")
+
+
+def environment(job: Job, rank: int) -> dict[str, str]:
+    """The environment of one rank."""
+    env = dict(os.environ)
+    here = str(Path(ftpipe.__file__).parents[1])
+    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world), "LOCAL_WORLD_SIZE": str(job.world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0", "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]))}
+    if sys.platform == "linux":
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine; a host name that does not resolve is no obstacle
+    if job.device == "cuda":
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return env

@@ -1,0 +1,56 @@
+"""The child's side of supervision: die with the parent, and say that one is alive.
+
+A supervised process may not outlive the one that watches it, even if that one is killed with -9. Two means: the kernel sends SIGKILL
+when the parent dies (Linux), and a thread exits when a pipe that only the parent holds open is closed. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+PIPE, PARENT, EVENTS = "FTPIPE_LIFELINE", "FTPIPE_PARENT", "FTPIPE_EVENTS"
+ORPHANED = 86
+"""Exit status of a child whose parent is gone."""
+PR_SET_PDEATHSIG = 1
+
+
+def hold() -> None:
+    """Tie this process to its parent. Called first of all in a child."""
+    if PARENT not in os.environ:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(os.environ[PARENT]):  # it died before the line above
+        os._exit(ORPHANED)
+    threading.Thread(target=_wait, args=(int(os.environ[PIPE]),), daemon=True, name="lifeline").start()
+
+
+def _wait(fd: int) -> None:
+    while os.read(fd, 1):
+        pass
+    os._exit(ORPHANED)
+
+
+class Reporter:
+    """Tells the parent what this process does, one JSON object a line; every line is also a sign of life."""
+
+    def __init__(self, path: Path | None = None):
+        where = path or (Path(os.environ[EVENTS]) if EVENTS in os.environ else None)
+        self._file = where.open("a", encoding="utf-8") if where else None
+
+    def __call__(self, event: str, **values: Any) -> None:
+        if self._file:
+            self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+            self._file.flush()
+
+    def alive(self, doing: str) -> None:
+        """Say that this process is alive, and at what it is."""
+        self("alive", doing=doing)

@@ -1,0 +1,41 @@
+"""One rank of a training run, as a process: `python -m ftpipe.train.rank JOB.json`. Started by `launch`, never by hand."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from ftpipe.train.lifeline import Reporter, hold
+
+
+def main(path: str) -> int:
+    """Train as the job file says. Returns the exit status; what went wrong is reported to the parent first."""
+    hold()
+    report = Reporter()
+    try:
+        from ftpipe.train.loop import train
+        from ftpipe.train.setup import Job
+
+        train(Job.read(Path(path)), report)
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        from ftpipe.errors import FtpipeError
+
+        known = isinstance(error, FtpipeError)
+        report("failed", kind=type(error).__name__ if known else "", what=error.what if known else f"{type(error).__name__}: {error}",
+               where=error.where if known else None, remedy=error.remedy if known else None)
+        return 1
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of torch.distributed may wait for ranks that are gone; nothing of value is left to do here.
+    import os
+
+    os._exit(status)

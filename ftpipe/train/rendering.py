@@ -1,0 +1,66 @@
+"""Rows to tokens, once for all ranks, with a reason for each row that is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftpipe.errors import DataError
+from ftpipe.train.objective.base import Example
+from ftpipe.train.setup import write_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ftpipe.stages.base import StageContext
+
+LEFT_OUT = "left-out.json"
+
+
+def render(stage: Any, ctx: StageContext, table: pa.Table, path: Path) -> None:
+    """Write the tokens of every row that can be trained on to `path`, and the reasons of the others beside it.
+
+    Args:
+        stage: the `Train` stage. table: rows with `times`. path: file for `setup.Rows`.
+    """
+    from ftpipe.data.render import Renderer
+    from ftpipe.models.loading import load_tokenizer
+
+    objective, limit = stage.objective, stage.max_tokens or context_length(stage.model, ctx)
+    rows = table.to_pylist()
+    encoded = objective.encode([r for r in rows if r["format"] in objective.formats], Renderer(load_tokenizer(stage.model, ctx.env)))
+    kept: list[Example] = []
+    times: list[int] = []
+    reasons: dict[str, str] = {}
+    for row in rows:
+        known = row["format"] in objective.formats
+        found = next(encoded) if known else DataError(f"{objective.name()} does not train on rows of format {row['format']}")
+        if isinstance(found, DataError):
+            reasons[row["row_id"]] = found.what
+        elif max(map(len, found.input_ids)) > limit:
+            reasons[row["row_id"]] = f"longer than {limit} tokens"
+        elif not found.targets:
+            reasons[row["row_id"]] = "nothing in it is trained on"
+        elif row["times"] < 1:
+            reasons[row["row_id"]] = "to be shown no times"
+        else:
+            kept.append(found)
+            times.append(row["times"])
+    if not kept:
+        counted = list(reasons.values())
+        common = max(sorted(set(counted)), key=counted.count)
+        raise DataError(f"none of {len(rows)} rows can be trained on; the commonest reason: {common}", where=f"stage {stage.rows}",
+                        remedy="`label_audit` shows what is trained on in each row")
+    (path.parent / LEFT_OUT).write_text(json.dumps(reasons), encoding="utf-8")
+    ctx.log.info("%d rows, %d left out; %d tokens, %d of them trained on", len(kept), len(reasons), sum(e.tokens for e in kept), sum(e.targets for e in kept))
+    write_rows(path, kept, times)
+
+
+def context_length(model: str, ctx: StageContext) -> int:
+    """Tokens of the model's context, from its configuration; 2048 where it does not say."""
+    from ftpipe.models.loading import folder
+
+    config = json.loads((folder(model, ctx.env) / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)

@@ -1,0 +1,200 @@
+"""What a rank is told (`Job`), and what it sets up before the loop: process group, DeepSpeed, model, parts, rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftpipe import slots
+from ftpipe.errors import TrainingError
+from ftpipe.stages.base import Environment
+from ftpipe.train.batches import Plan
+from ftpipe.train.objective.base import Example
+from ftpipe.train.run import Run, derive_seed
+
+if TYPE_CHECKING:
+    from ftpipe.train.lifeline import Reporter
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a rank needs to know; plain data, written as JSON.
+
+    model, identity, workspace, base: the base model and the environment that finds it. seed. dtype. zero. world: number of ranks. threads: of each.
+    device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
+    stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
+    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. checks: compare packed with alone.
+    """
+
+    model: str
+    identity: dict[str, str]
+    workspace: str
+    base: str
+    pipeline: str
+    seed: int
+    dtype: str
+    zero: int
+    world: int
+    threads: int
+    device: str
+    heartbeat: float
+    parts: dict[str, Any]
+    learning_rate: float
+    warmup: float
+    clip: float
+    stop: dict[str, int]
+    plan: dict[str, Any]
+    tokens: str
+    checkpoints: str
+    checkpoint_every: int
+    result: str
+    rendezvous: str
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def env(self) -> Environment:
+        return Environment(workspace=Path(self.workspace), base=Path(self.base), pipeline=self.pipeline)
+
+    def part(self, name: str) -> Any:
+        """The method object(s) of one part."""
+        value = self.parts[name]
+        slot = {"regularizers": "regularizer"}.get(name, name)
+        return tuple(slots.parse(f"train/{slot}", v) for v in value) if isinstance(value, list) else slots.parse(f"train/{slot}", value)
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def process_group(job: Job):
+    """torch.distributed and DeepSpeed's view of it, for the length of the block."""
+    import datetime
+
+    # DeepSpeed's autotuner imports MLflow (a second), which a rank never uses.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    os.environ["DS_ACCELERATOR"] = job.device
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(job.threads)
+    if job.device == "cuda":
+        if not torch.cuda.is_available():
+            raise TrainingError("torch sees no GPU", remedy="set ranks: 1 to train on the CPU, or install a torch that supports this GPU")
+        if job.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+            raise TrainingError("this GPU cannot compute in bfloat16", remedy="set dtype: float32")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if job.device == "cuda" else "gloo"
+    # Longer than the parent waits, so that it is the parent who says which rank is stuck.
+    dist.init_process_group(backend, init_method=f"file://{job.rendezvous}", rank=rank(), world_size=job.world,
+                            timeout=datetime.timedelta(seconds=2 * job.heartbeat + 60))
+    import deepspeed
+    import deepspeed.ops
+    import deepspeed.runtime.engine
+
+    if job.device == "cpu":
+        # DeepSpeed would compile a shared-memory operator for inference, with a compiler that may not be there.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    # Whether the optimizer is on DeepSpeed's list of tested ones is of no use here, and looking imports torch's compiler (1.5 s).
+    deepspeed.runtime.engine.is_zero_supported_optimizer = lambda optimizer: False
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+    try:
+        yield
+    finally:
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def prepare(job: Job, report: Reporter) -> Run:
+    """The run with its model prepared and every part ready, nothing trained yet."""
+    import torch
+
+    from ftpipe.models.loading import load_model, load_tokenizer
+
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" else "cpu"
+
+    def load_base() -> torch.nn.Module:
+        return load_model(job.model, job.env, dtype=job.dtype, device=device).requires_grad_(False)
+
+    report.alive("loading the model")
+    run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
+              device=device, dtype=job.dtype, zero=job.zero, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
+              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"))
+    base = load_base()
+    report.alive("preparing the model")
+    torch.manual_seed(derive_seed(job.seed, "start"))
+    run.model = run.adapt.prepare(base, run).to(device)
+    run.model.train()
+    for regularizer in run.regularizers:
+        regularizer.prepare(run)
+    run.objective.prepare(run)
+    return run
+
+
+class Rows:
+    """The rendered rows, read from the file that the parent writes; nothing is read before it is asked for."""
+
+    def __init__(self, path: Path):
+        import pyarrow as pa
+
+        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.lengths: list[int] = self.table["tokens"].to_pylist()
+        self.times: list[int] = self.table["times"].to_pylist()
+
+    def examples(self, rows: Sequence[int]) -> list[Example]:
+        """The rows of these numbers as examples."""
+        found = []
+        for row in rows:
+            ids, trained = self.table["input_ids"][row].as_py(), self.table["trained"][row].as_py()
+            found.append(Example(self.table["row_id"][row].as_py(), tuple(ids), tuple(trained)))
+        return found
+
+
+def write_rows(path: Path, examples: Sequence[Example], times: Sequence[int]) -> None:
+    """Write rendered rows for `Rows`, in one move."""
+    import pyarrow as pa
+
+    table = pa.table({
+        "row_id": pa.array([e.row_id for e in examples], pa.string()),
+        "times": pa.array(times, pa.int32()),
+        "tokens": pa.array([e.tokens for e in examples], pa.int64()),
+        "input_ids": pa.array([[list(s) for s in e.input_ids] for e in examples], pa.list_(pa.list_(pa.int32()))),
+        "trained": pa.array([[list(s) for s in e.trained] for e in examples], pa.list_(pa.list_(pa.bool_()))),
+    })
+    temporary = path.with_name(path.name + ".tmp")
+    with pa.OSFile(str(temporary), "wb") as f, pa.ipc.new_file(f, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(temporary, path)
+
+
+def await_rows(path: Path, report: Reporter) -> Rows:
+    """The rows, as soon as the parent has rendered them; libraries and model were loaded meanwhile."""
+    report.alive("waiting for the rows to be rendered")
+    said = time.monotonic()
+    while not path.exists():
+        time.sleep(0.02)
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            report.alive("waiting for the rows to be rendered")
+    return Rows(path)
+
+
+def plan_of(job: Job, rows: Rows) -> Plan:
+    """The plan of the job's steps over these rows."""
+    return Plan(lengths=rows.lengths, times=rows.times, seed=job.seed, **job.plan)

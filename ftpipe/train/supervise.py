@@ -1,0 +1,274 @@
+"""The parent's side: start processes, hear what they do, and leave none behind, however the watching ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftpipe import errors
+from ftpipe.errors import FtpipeError, InfrastructureError
+from ftpipe.train.lifeline import EVENTS, PARENT, PIPE
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+POLL = 0.05
+LAST_LINES = 12
+
+
+@dataclass
+class Child:
+    """One supervised process. `output` holds what it printed, `events` what it reported (see `lifeline.Reporter`)."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    output: Path
+    events: Path
+    doing: str = "starting"
+    heard: float = field(default_factory=time.monotonic)
+    failure: dict[str, Any] | None = None
+    offset: int = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Whole lines reported since the last call."""
+        if not self.events.exists():
+            return
+        with self.events.open("rb") as f:
+            f.seek(self.offset)
+            for line in f:
+                if not line.endswith(b"\n"):
+                    break
+                self.offset += len(line)
+                self.heard = time.monotonic()
+                yield json.loads(line)
+
+    def last_lines(self) -> str:
+        """The end of what it printed."""
+        if not self.output.exists():
+            return ""
+        with self.output.open("rb") as f:
+            f.seek(max(0, self.output.stat().st_size - 16384))
+            lines = f.read().decode("utf-8", "replace").splitlines()
+        return "\n".join(f"    {line[:300]}" for line in [part for part in lines if part.strip()][-LAST_LINES:])
+
+
+class Supervisor:
+    """Watches children until all have ended well, or one has not."""
+
+    def __init__(self, children: list[Child], timeout: float, hear: Callable[[Child, dict[str, Any]], None]):
+        self.children, self.timeout, self.hear = children, timeout, hear
+
+    def wait(self) -> None:
+        """Return when every child has ended with status 0. Raises what the first one that failed reported, or InfrastructureError."""
+        while True:
+            running = [c for c in self.children if c.process.poll() is None]
+            for child in self.children:
+                self._listen(child)
+            failed = [c for c in self.children if c.process.poll() not in (None, 0)]
+            if failed:
+                time.sleep(0.5)  # what fails first makes others fail: let them say so, then find the first
+                for child in self.children:
+                    self._listen(child)
+                raise self._failure([c for c in self.children if c.process.poll() not in (None, 0)])
+            if not running:
+                return
+            silent = min(running, key=lambda c: c.heard)
+            if time.monotonic() - silent.heard > self.timeout:
+                raise InfrastructureError(f"{silent.name} has been silent for {self.timeout:g} s; the last it said was: {silent.doing}\n{silent.last_lines()}",
+                                          remedy="run again, it resumes from the last checkpoint; raise `heartbeat` if one micro-batch takes this long")
+            time.sleep(POLL)
+
+    def _listen(self, child: Child) -> None:
+        for event in child.read():
+            if event["event"] == "alive":
+                child.doing = event["doing"]
+            elif event["event"] == "failed":
+                child.failure = event
+            else:
+                self.hear(child, event)
+
+    def _failure(self, failed: list[Child]) -> FtpipeError:
+        killed = [c for c in failed if c.process.returncode < 0]
+        told = sorted((c for c in failed if c.failure and c.failure["kind"]), key=lambda c: c.failure["time"])
+        if told and not killed:
+            first = told[0]
+            cls = getattr(errors, first.failure["kind"])
+            return cls(first.failure["what"], where=first.failure["where"], remedy=first.failure["remedy"])
+        first = killed[0] if killed else min(failed, key=lambda c: c.failure["time"] if c.failure else 0)
+        if killed:
+            number = -first.process.returncode
+            name = signal.Signals(number).name if number in [s.value for s in signal.Signals] else str(number)
+            hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
+            what = f"{first.name} was killed by {name}{hint} while {first.doing}"
+            return InfrastructureError(f"{what}\n{first.last_lines()}".rstrip(), remedy="run again, it resumes from the last checkpoint; lower batch_tokens "
+                                       "if memory ran out")
+        said = first.failure["what"] if first.failure else f"it ended with status {first.process.returncode}"
+        return errors.TrainingError(f"{first.name} failed while {first.doing}: {said}\n{first.last_lines()}".rstrip(),
+                                    remedy="the stage's log has all of what it printed")
+
+
+@contextmanager
+def supervised(commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], *, folder: Path, record: Path, timeout: float,
+               hear: Callable[[Child, dict[str, Any]], None]) -> Iterator[Supervisor]:
+    """Start processes and stop all of them, and whatever they started, when the block is left for any reason.
+
+    Args:
+        commands: for each process its argument list and environment.
+        folder: new folder for what they print and report.
+        record: file that remembers them, so that `clean` finds those a killed parent may have left.
+        timeout: seconds of silence after which a process counts as stuck.
+        hear: called in this thread with every event a process reports.
+    """
+    clean(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    end, ours = os.pipe()  # the children read `end`; only this process holds `ours`, and closing it (or dying) is what they wait for
+    children: list[Child] = []
+    try:
+        for name, (argv, env) in commands.items():
+            output, events = folder / f"{name.replace(' ', '')}.log", folder / f"{name.replace(' ', '')}.jsonl"
+            with output.open("wb") as f:
+                process = subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(end,),
+                                           env={**env, PIPE: str(end), PARENT: str(os.getpid()), EVENTS: str(events)})
+            children.append(Child(name, process, output, events))
+            _remember(record, children)
+        os.close(end)
+        end = -1
+        yield Supervisor(children, timeout, hear)
+    finally:
+        with _undisturbed():
+            if end >= 0:
+                os.close(end)
+            left = stop([c.process for c in children])
+            os.close(ours)
+            if not left:
+                record.unlink(missing_ok=True)
+    if left:
+        raise InfrastructureError(f"{len(left)} processes could not be ended: {left}", remedy="end them by hand before training again")
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """End processes and everything they started: SIGTERM, then SIGKILL. Returns the ids of those that are alive even so."""
+    import psutil
+
+    living = _family(processes)
+    for process in living:
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while living and time.monotonic() < deadline:
+        for p in processes:
+            p.poll()
+        living = [p for p in living if _alive(p)]
+        time.sleep(POLL)
+    family = {p.pid: p for p in [*living, *_family(processes)] if _alive(p)}
+    for process in family.values():
+        _signal(process, signal.SIGKILL)
+    for p in processes:
+        with suppress(subprocess.TimeoutExpired):
+            p.wait(GRACE)
+    psutil.wait_procs(list(family.values()), timeout=GRACE)
+    return [p.pid for p in family.values() if _alive(p)]
+
+
+def clean(record: Path) -> list[int]:
+    """End processes that an earlier, killed parent left behind, by process id and start time. Returns the ids of those it ended."""
+    import psutil
+
+    try:
+        entries = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    family: dict[int, Any] = {}
+    for entry in entries:
+        try:
+            process = psutil.Process(entry["pid"])
+            mine = abs(process.create_time() - entry["create_time"]) < 0.01
+            family |= {p.pid: p for p in ([process, *process.children(recursive=True)] if mine else [])}
+        except psutil.NoSuchProcess:
+            mine = True  # gone; what it started may be left
+        family |= {p.pid: p for p in (_session(entry["pid"]) if mine else [])}
+    for process in family.values():
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(list(family.values()), timeout=GRACE)
+    record.unlink(missing_ok=True)
+    return sorted(family)
+
+
+def _family(processes: Sequence[subprocess.Popen[bytes]]) -> list[Any]:
+    """The processes, their descendants, and all that share a session with them (a descendant whose parent is gone)."""
+    import psutil
+
+    found: dict[int, Any] = {}
+    for popen in processes:
+        try:
+            if popen.returncode is None:
+                process = psutil.Process(popen.pid)
+                found |= {p.pid: p for p in [process, *process.children(recursive=True)]}
+            elif psutil.pid_exists(popen.pid):
+                continue  # the number belongs to somebody else by now: it is free only once its session is empty
+        except psutil.NoSuchProcess:
+            pass
+        found |= {p.pid: p for p in _session(popen.pid)}
+    return list(found.values())
+
+
+def _session(leader: int) -> list[Any]:
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+    return found
+
+
+def _alive(process: Any) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(process: Any, number: int) -> None:
+    import psutil
+
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        process.send_signal(number)
+
+
+def _remember(record: Path, children: Sequence[Child]) -> None:
+    import psutil
+
+    entries = []
+    for child in children:
+        try:
+            entries.append({"name": child.name, "pid": child.process.pid, "create_time": psutil.Process(child.process.pid).create_time()})
+        except psutil.NoSuchProcess:
+            continue
+    temporary = record.with_name(record.name + ".tmp")
+    temporary.write_text(json.dumps(entries), encoding="utf-8")
+    os.replace(temporary, record)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No second Ctrl-C or SIGTERM breaks off the cleaning up, which ends by itself within seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
