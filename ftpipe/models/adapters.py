@@ -46,7 +46,7 @@ def checked(folder: Path, base: Mapping[str, str], model: torch.nn.Module, *, al
         raise ArtifactError(f"an adapter holds only safetensors and JSON, this one has {', '.join(foreign[:5])}", where=str(folder),
                             remedy="remove them if you know them; pickle files can run code and are never read")
     _same_base(manifest, base, folder)
-    _tensors(folder, model, allow_zero=allow_zero)
+    _tensors(folder, model, allow_zero=allow_zero or manifest.get("zero_delta") is True)
     return manifest
 
 
