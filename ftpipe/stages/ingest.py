@@ -93,7 +93,8 @@ class Ingest(Stage):
     def _report(self, ctx: StageContext, read: Reading, split: dict[str, Any]) -> None:
         summary = {
             "rows": read.good, "quarantined": sum(read.faults.values()), "sources": dict(sorted(read.sources.items())),
-            "formats": dict(sorted(read.formats.items())), "reasons": dict(read.faults.most_common()), "examples": read.examples, "warnings": dict(sorted(read.warnings.items())), "split": split,
+            "formats": dict(sorted(read.formats.items())), "reasons": dict(read.faults.most_common()), "examples": read.examples,
+            "warnings": dict(sorted(read.warnings.items())), "split": split,
         }
         (ctx.out / "ingest.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
         ctx.meta |= {"formats": summary["formats"], "split": {side: split[side]["rows"] for side in (TRAIN, HELDOUT)}}

@@ -23,7 +23,7 @@ VALUE = TEXT | st.lists(TURN, max_size=3) | TURN | ANY
 ROW = st.dictionaries(st.sampled_from(NAMES) | TEXT, VALUE, max_size=5)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ROW, st.sampled_from(["auto", *FIELDS]))
 def test_convert_gives_a_row_or_a_format_error(raw, name):
     try:
@@ -39,7 +39,7 @@ def test_convert_gives_a_row_or_a_format_error(raw, name):
     assert any(s.strip() for s in said)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ROW | ANY, st.none() | st.sampled_from(NAMES))
 def test_a_line_becomes_a_row_or_a_quarantined_one(value, group_by):
     """The whole way of a JSON line: parsed, converted, grouped, and taken by Arrow on either side."""
