@@ -53,7 +53,7 @@ def percent(share: float | None, digits: int = 1) -> str:
         return NONE
     value = 100 * share
     text = f"{value:.{digits}f}"
-    if 0 < value and not float(text):
+    if value > 0 and not float(text):
         return f"<{NARROW}{10 ** -digits:.{digits}f}{NARROW}%"
     if value < 100 and float(text) == 100:
         return f">{NARROW}{100 - 10 ** -digits:.{digits}f}{NARROW}%"

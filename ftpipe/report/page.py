@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,13 @@ SECTIONS = (
 
 def render(run: RunData, title: str | None = None) -> str:
     """The whole page as HTML: one file, nothing loaded from anywhere, no scripts. The same artifacts give the same text."""
-    sections = [{"id": name, "short": short, "title": heading, "data": data} for name, short, heading, build in SECTIONS if (data := build(run)) is not None]
-    style = import_module("markupsafe").Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-    return _environment().get_template("page.html").render(
-        title=title or (f"{run.pipeline} · ftpipe" if run.pipeline else "ftpipe"), version=__version__, style=style, headline=headline.build(run), sections=sections)
+    from markupsafe import Markup
+
+    sections = [{"id": name, "short": short, "title": heading, "data": data}
+                for name, short, heading, build in SECTIONS if (data := build(run)) is not None]
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    title = title or (f"{run.pipeline} · ftpipe" if run.pipeline else "ftpipe")
+    return _environment().get_template("page.html").render(title=title, version=__version__, style=style, headline=headline.build(run), sections=sections)
 
 
 def templates_digest() -> dict[str, str]:

@@ -124,7 +124,7 @@ def verdict_line(verdict: dict[str, Any] | None, registration: dict[str, Any] | 
     """What was decided, in one sentence; empty if nothing was."""
     if registration and registration.get("registered"):
         named = f"Registered {registration['name']} version {registration['version']}"
-        return f"{named} as {registration['alias']}." if registration.get("alias") else f"{named}, without an alias: {registration.get('reason') or 'none asked for'}."
+        return f"{named} as {registration['alias']}." if registration.get("alias") else f"{named}, without an alias: {registration.get('reason')}."
     if verdict and not verdict["passed"]:
         failed = [rule for rule in verdict["rules"] if rule.get("required", True) and rule["passed"] is False]
         because = ", ".join(f"“{rule['name']}”" for rule in failed)

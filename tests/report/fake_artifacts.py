@@ -24,7 +24,8 @@ MODULES = ("asyncio", "collections", "csv", "datetime", "email", "functools", "i
            "statistics", "string", "tempfile", "threading", "typing", "urllib", "uuid", "zipfile")
 VERBS = ("read", "write", "open", "close", "parse", "merge", "split", "find", "replace", "create", "remove", "update", "join", "copy", "format", "check")
 NOUNS = ("file", "path", "row", "header", "value", "key", "record", "queue", "event", "handle", "stream", "archive", "pattern", "token", "thread")
-HOSTILE = ('<script>alert("x")</script><img src=x onerror=alert(1)>', "]]></svg></style><h1>broken out</h1>", "A" * 4000, "\u202eright to left\u202c {{ 7*7 }} {% raw %}",
+HOSTILE = ('<script>alert("x")</script><img src=x onerror=alert(1)>', "]]></svg></style><h1>broken out</h1>", "A" * 4000,
+           "\u202eright to left\u202c {{ 7*7 }} {% raw %}",
            "tabs\there\n    and indents\n\n\nand blank lines", "nul\x00byte and \x1b[31mescape")
 
 
@@ -36,8 +37,8 @@ class FakeRun:
     seed: int = 0
     artifacts: dict[str, Artifact] = field(default_factory=dict)
 
-    def add(self, name: str, kind: str, inputs: list[str], write: Any, *, params: dict[str, Any] | None = None, counts: dict[str, int] | None = None,
-            meta: dict[str, Any] | None = None, externals: dict[str, Any] | None = None, libraries: dict[str, str] | None = None, seconds: float = 1.0) -> Artifact:
+    def add(self, name: str, kind: str, inputs: list[str], write: Any, *, params: dict[str, Any] | None = None, meta: dict[str, Any] | None = None,
+            externals: dict[str, Any] | None = None, libraries: dict[str, str] | None = None, seconds: float = 1.0) -> Artifact:
         """Commit an artifact through the real store. `write(out)` writes its payload and may return counts."""
         store = Store(self.workspace)
         given = {ref: self.artifacts[ref] for ref in inputs}
@@ -48,7 +49,7 @@ class FakeRun:
             counted = write(out) or {}
             (out / "log.txt").write_text(f"{name} done\n")
             notes = {"started": "2026-01-15T03:00:00+00:00", "seconds": seconds, "run": "20260115-030000-abcd", "host": "worker-1"}
-            artifact = store.commit(out, kind=kind, name=name, key=key, material=material, inputs=given, counts=(counts or {}) | counted,
+            artifact = store.commit(out, kind=kind, name=name, key=key, material=material, inputs=given, counts=counted,
                                     meta=meta or {}, notes=notes)
         self.artifacts[name] = artifact
         return artifact
@@ -70,7 +71,8 @@ def decide(out: Path, step: str, ids: list[str], reasons: list[str | None], scor
 def keep(out: Path, train: list[str], heldout: list[str], times: list[int] | None = None) -> None:
     """Write `kept.parquet`."""
     ids, n = [*train, *heldout], len(train) + len(heldout)
-    pq.write_table(pa.table({"row_id": ids, "split": ["train"] * len(train) + ["heldout"] * len(heldout), "times": [*(times or [1] * len(train)), *[1] * len(heldout)],
+    shown = [*(times or [1] * len(train)), *[1] * len(heldout)]
+    pq.write_table(pa.table({"row_id": ids, "split": ["train"] * len(train) + ["heldout"] * len(heldout), "times": shown,
                              "position": list(range(n))}, schema=kept_schema()), out / "kept.parquet")
 
 
@@ -143,7 +145,8 @@ def _ingest(run: FakeRun, rng, rows: int, hostile: bool):
     def write(out: Path) -> dict[str, int]:
         pq.write_table(pa.Table.from_pylist(records, rows_schema()), out / "rows.parquet")
         pq.write_table(pa.table({"row_id": [f"{i:032x}" for i in range(14)], "source": ["extra.jsonl"] * 14, "line": list(range(1, 15)),
-                                 "reason": [bad[i % len(bad)] for i in range(14)], "detail": [""] * 14, "raw": ['{"prompt": "cut'] * 14}), out / "quarantine.parquet")
+                                 "reason": [bad[i % len(bad)] for i in range(14)], "detail": [""] * 14, "raw": ['{"prompt": "cut'] * 14}),
+                       out / "quarantine.parquet")
         reasons = [f"quarantined: {bad[i % len(bad)]}" for i in range(14)]
         write_json(out / "ingest.json", {"rows": rows, "quarantined": 14, "sources": {"python_docs": rows}, "formats": {"messages": rows},
                                          "reasons": {r: reasons.count(r) for r in reasons}, "examples": {}, "split": {
@@ -292,7 +295,8 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
     pairs = [("adapter", "base"), ("adapter", "random"), ("adapter", "champion"), ("random", "base")]
 
     def write(out: Path) -> None:
-        table = [{"system": s, "suite": suite, "metric": "loss", "item_id": f"{suite}-{n}", "slice": slices[n], "score": float(v), "weight": 1.0, "higher_is_better": False}
+        table = [{"system": s, "suite": suite, "metric": "loss", "item_id": f"{suite}-{n}", "slice": slices[n], "score": float(v), "weight": 1.0,
+                  "higher_is_better": False}
                  for suite, systems in suites.items() for s, values in systems.items() for n, v in enumerate(values)]
         pq.write_table(pa.Table.from_pylist(table), out / "items.parquet")
         write_json(out / "comparisons.json", [compare(suite, a, b) for suite in suites for a, b in pairs])
@@ -310,7 +314,7 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
         pq.write_table(pa.table({"suite": ["heldout_loss"] * len(names), "metric": ["loss"] * len(names), "slice": names, "n": [20] * len(names),
                                  "base": [3.4] * len(names), "adapter": [2.8] * len(names), "difference": gains}), out / "diagnostics" / "slices.parquet")
         write_json(out / "evaluation.json", {"candidate": {"stage": "adapter", "content": run.artifacts["adapter"].content}, "forgetting": ["general_text"],
-                                             "systems": dict.fromkeys(losses, {}), "suites": {s: {} for s in suites}, "champion": None, "diagnostics": {}})
+                                             "systems": {s: {} for s in losses}, "suites": {s: {} for s in suites}, "champion": None, "diagnostics": {}})
 
     run.add("evaluate", "evaluate", ["audit", "adapter", "random_adapter"], write, externals={"base": MODEL}, seconds=58.0,
             params={"rows": "audit", "candidate": "adapter", "controls": {"random": "random_adapter"}, "resamples": 2000})

@@ -23,7 +23,7 @@ def scatter(x: Any, y: Any, cluster: Any, sampled: Any, name: str, label: str) -
     span = np.ptp(x) or 1.0, np.ptp(y) or 1.0
 
     def height(width: int) -> int:
-        return 400 if width > 500 else 330
+        return 480 if width > 500 else 330
 
     def paint(figure: Any, width: int) -> None:
         axes = place(figure, width, height(width), left=4, right=4, top=4, bottom=4)

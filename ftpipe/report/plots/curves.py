@@ -6,9 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ftpipe.report.plots.style import COLOUR, NARROW, both, draw, place, thousands
+from ftpipe.report.plots.style import COLOUR, SMALL, both, draw, place, thousands
 
-HEIGHT = 260
+HEIGHT = 300
 
 
 def losses(curves: list[dict[str, Any]], name: str, label: str) -> Markup:
@@ -19,7 +19,7 @@ def losses(curves: list[dict[str, Any]], name: str, label: str) -> Markup:
     """
 
     def paint(figure: Any, width: int) -> None:
-        axes = place(figure, width, HEIGHT, left=44, right=12, bottom=38)
+        axes = place(figure, width, HEIGHT, left=44, right=12, bottom=44)
         for c in curves:
             axes.plot(c["x"], c["y"], color=COLOUR[c["colour"]], linewidth=0.8, alpha=0.35)
         for c in curves:
@@ -34,15 +34,15 @@ def losses(curves: list[dict[str, Any]], name: str, label: str) -> Markup:
 
 def line(curves: list[dict[str, Any]], name: str, label: str, unit: str) -> Markup:
     """A small plot of one column of the metrics, one line for each training; see `losses`."""
-    height = 170
+    height = 190
 
     def paint(figure: Any, width: int) -> None:
-        axes = place(figure, width, height, left=52, right=10, bottom=38)
-        for c in curves:
-            axes.plot(c["x"], c["y"], color=COLOUR[c["colour"]], linewidth=1.6)
+        axes = place(figure, width, height, left=52, right=10, bottom=44)
+        for n, c in enumerate(curves):
+            axes.plot(c["x"], c["y"], color=COLOUR[c["colour"]], linewidth=1.6, linestyle="--" if n else "-")  # equal ones stay visible
         axes.locator_params(axis="y", nbins=4)
         axes.locator_params(axis="x", nbins=5)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.set_xlabel(unit)
 
-    return draw(paint, NARROW, height, name, label)
+    return draw(paint, SMALL, height, name, label)

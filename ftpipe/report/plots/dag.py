@@ -6,9 +6,10 @@ The usual four steps (Sugiyama et al. 1981): layers by longest path, a bend for 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-BOX, GAP, TALL, LAYER = 148, 18, 42, 66
+BOX, GAP, TALL, LAYER = 160, 18, 42, 66
 SWEEPS = 8
 
 
@@ -66,7 +67,7 @@ def _chain(nodes: dict[str, _Node], source: str, target: str) -> list[str]:
         nodes[bend] = _Node(bend, at, real=False)
         chain.append(bend)
     chain.append(target)
-    for upper, lower in zip(chain, chain[1:]):
+    for upper, lower in pairwise(chain):
         nodes[upper].below.append(lower)
         nodes[lower].above.append(upper)
     return chain
@@ -94,7 +95,7 @@ def _untangle(nodes: dict[str, _Node], layers: list[list[str]]) -> None:
 
 def _crossings(nodes: dict[str, _Node], layers: list[list[str]]) -> int:
     total = 0
-    for upper, lower in zip(layers, layers[1:]):
+    for upper, lower in pairwise(layers):
         place = {n: i for i, n in enumerate(lower)}
         ends = [(i, place[b]) for i, n in enumerate(upper) for b in nodes[n].below]
         total += sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for k, a in enumerate(ends) for b in ends[:k])
@@ -114,7 +115,7 @@ def _draw(nodes: dict[str, _Node], layers: list[list[str]], chains: list[list[st
     lines = []
     for chain in chains:
         path = []
-        for upper, lower in zip(chain, chain[1:]):
+        for upper, lower in pairwise(chain):
             a, b = nodes[upper], nodes[lower]
             y0, y1 = a.layer * LAYER + (TALL if a.real else 0), b.layer * LAYER
             if not a.real:

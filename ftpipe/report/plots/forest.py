@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from ftpipe.report.plots.style import COLOUR, both, place
 
-ROW, AXIS = 34, 40
+ROW, AXIS = 34, 48
 
 
 def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> Markup:
@@ -22,7 +22,7 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
 
     def paint(figure: Any, width: int) -> None:
         wide = width > 500
-        axes = place(figure, width, height, left=230 if wide else 10, right=16, top=4, bottom=AXIS - 4)
+        axes = place(figure, width, height, left=270 if wide else 10, right=16, top=4, bottom=AXIS)
         ends = [0.0] + [v for e in entries for v in (e["low"], e["high"], e["difference"]) if v is not None]
         pad = 0.08 * ((max(ends) - min(ends)) or 1)
         axes.set_xlim(min(ends) - pad, max(ends) + pad)
@@ -39,7 +39,7 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
             axes.plot(span, [at, at], color=colour, linewidth=2.2)
             axes.plot([e["difference"]], [at], marker="o", markersize=6, color=colour, markeredgecolor=COLOUR["surface"], markeredgewidth=1)
             if wide:
-                axes.text(-230 / (width - 246), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+                axes.text(-270 / (width - 286), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
             else:
                 axes.text(0, y - 0.26, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
         axes.set_xlabel(unit)

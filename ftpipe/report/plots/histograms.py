@@ -6,9 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ftpipe.report.plots.style import COLOUR, NARROW, draw, place, thousands
+from ftpipe.report.plots.style import COLOUR, SMALL, draw, place, thousands
 
-HEIGHT, BINS, SKEWED = 190, 40, 20
+HEIGHT, BINS, SKEWED = 220, 40, 20
 
 
 def histogram(groups: list[tuple[str, Any]], name: str, label: str, unit: str) -> Markup:
@@ -27,7 +27,7 @@ def histogram(groups: list[tuple[str, Any]], name: str, label: str, unit: str) -
     def paint(figure: Any, width: int) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-        axes = place(figure, width, HEIGHT, left=42, bottom=38)
+        axes = place(figure, width, HEIGHT, left=46, bottom=44)
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -45,7 +45,7 @@ def histogram(groups: list[tuple[str, Any]], name: str, label: str, unit: str) -
         thousands(axes.yaxis)
         axes.set_xlabel(unit)
 
-    return draw(paint, NARROW, HEIGHT, name, label)
+    return draw(paint, SMALL, HEIGHT, name, label)
 
 
 def _edges(values: Any) -> tuple[Any, bool]:

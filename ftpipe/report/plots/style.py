@@ -18,14 +18,15 @@ ROLES = ("ink", "muted", "grid", "surface", "base", "adapter", "control", "contr
 COLOUR = {role: f"#0d0b{i:02x}" for i, role in enumerate(ROLES)}
 """Sentinel colours: what to hand to matplotlib for a role."""
 
-WIDE, NARROW = 720, 350
-"""Widths in CSS pixels that figures are drawn for; text keeps its size in both."""
+WIDE, NARROW, SMALL = 912, 358, 430
+"""Widths in CSS pixels that figures are drawn for: the page, a phone, and half the page. Text keeps its size in all."""
 
-FONT = 11.5
+FONT = 12.5
 _PIXEL = 72 / 96
 _SENTINEL = re.compile(r"#0d0b([0-9a-f]{2})")
 _SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "ftpipe", "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "ftpipe",
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
     "font.size": FONT * _PIXEL, "axes.labelsize": FONT * _PIXEL, "xtick.labelsize": FONT * _PIXEL, "ytick.labelsize": FONT * _PIXEL,
     "text.color": COLOUR["ink"], "axes.labelcolor": COLOUR["muted"], "xtick.color": COLOUR["muted"], "ytick.color": COLOUR["muted"],
     "axes.edgecolor": COLOUR["grid"], "grid.color": COLOUR["grid"], "axes.grid": True, "axes.grid.axis": "y", "grid.linewidth": 0.6, "axes.axisbelow": True,

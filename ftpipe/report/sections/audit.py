@@ -9,7 +9,7 @@ from ftpipe.report.numbers import count, percent
 from ftpipe.report.text import clean
 
 FILE, LENGTH = "audit.json", 3000
-SPLITS = {"train": "Rows for training", "heldout": "Held-out rows"}
+SPLITS = {"train": ("Rows for training", "trained on"), "heldout": ("Held-out rows", "scored")}
 
 
 def build(run: RunData) -> dict[str, Any] | None:
@@ -24,14 +24,15 @@ def build(run: RunData) -> dict[str, Any] | None:
 def _splits(stated: dict[str, Any]) -> list[dict[str, str]]:
     """For each side of the split, how many of its tokens are trained on."""
     found = stated.get("splits") if isinstance(stated.get("splits"), dict) else {}
-    return [{"name": SPLITS.get(name, name), "rows": count(s.get("rows")), "percent": percent(s["trained_share"]), "width": f"{100 * s['trained_share']:.2f}",
-             "trained": count(s.get("trained_tokens")), "tokens": count(s.get("tokens"))} for name, s in found.items() if s.get("trained_share") is not None]
+    return [{"name": SPLITS.get(name, (name, ""))[0], "verb": SPLITS.get(name, ("", "trained on"))[1], "rows": count(s.get("rows")), "percent": percent(s["trained_share"]),
+             "width": f"{100 * s['trained_share']:.2f}", "tokens": count(s.get("tokens"))} for name, s in found.items() if s.get("trained_share") is not None]
 
 
 def _reasons(stated: dict[str, Any]) -> list[dict[str, str]]:
     """Each way in which rows failed, with the first row that did."""
     found = stated.get("reasons") if isinstance(stated.get("reasons"), dict) else {}
-    return [{"reason": reason, "rows": count(r.get("rows")), "row_id": str(r.get("row_id") or ""), "origin": str(r.get("origin") or "")} for reason, r in found.items()]
+    return [{"reason": reason, "rows": count(r.get("rows")), "row_id": str(r.get("row_id") or ""), "origin": str(r.get("origin") or "")}
+            for reason, r in found.items()]
 
 
 def _ends(stated: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from base64 import b64encode
 from typing import Any
 
 from ftpipe.report.collect import RunData, table
-from ftpipe.report.numbers import count, digits_for, interval, number, percent
+from ftpipe.report.numbers import count, digits_for, interval, number, percent, setting
 from ftpipe.report.plots.forest import forest
 from ftpipe.report.summary import ADAPTER, BASE, CHAMPION, row_digits, unit
 
@@ -66,25 +66,26 @@ def _clip(text: str) -> str:
 def _rule(rule: dict[str, Any]) -> dict[str, Any]:
     """One rule with its numbers; `state` is passed, failed or skipped."""
     digits = digits_for((rule["high"] - rule["low"]) / 2) if None not in (rule.get("low"), rule.get("high")) else 3
-    state = {True: "passed", False: "failed", None: "skipped"}[rule["passed"]]
+    required = rule.get("required", True)
+    state = {True: "passed" if required else "met", False: "failed" if required else "not met", None: "skipped"}[rule["passed"]]
     text, measured = rule.get("text") or "", ""
     if rule.get("require") and rule.get("value") is not None:
-        text = _asked(rule, digits)
+        text = _asked(rule)
     if rule.get("value") is not None:
         measured = f"Measured: {number(rule['value'], digits, sign=True)}, interval {interval(rule.get('low'), rule.get('high'), digits, sign=True)}."
-    return {"name": rule["name"], "text": text, "measured": measured, "state": state, "required": rule.get("required", True),
-            "tone": "good" if state == "passed" else "bad" if state == "failed" and rule.get("required", True) else "none"}
+    return {"name": rule["name"], "text": text, "measured": measured, "state": state, "required": required,
+            "tone": "good" if rule["passed"] else "bad" if state == "failed" else "none"}
 
 
-def _asked(rule: dict[str, Any], digits: int) -> str:
+def _asked(rule: dict[str, Any]) -> str:
     """What a rule asks for, in words."""
     who = f"the {rule['against']}" if rule["against"] in (BASE, CHAMPION) else rule["against"]
-    limit = number(abs(rule["limit"]), digits) if rule.get("limit") else ""
+    limit = setting(abs(rule["limit"])) if rule.get("limit") else ""
     if rule["require"] == "better":
         asked = f"better than {who}" + (f" by more than {limit}" if limit else "")
     else:
         asked = f"worse than {who} by no more than {limit}" if limit else f"no worse than {who}"
-    return f"{rule['suite']}: {asked}, with the whole interval."
+    return f"On {rule['suite']}: {asked}, over the whole interval."
 
 
 def _groups(run: RunData) -> list[dict[str, Any]]:
@@ -100,11 +101,18 @@ def _groups(run: RunData) -> list[dict[str, Any]]:
             continue
         lines.sort(key=lambda line: (-line["difference"], line["slice"]))
         ends = lines if len(lines) <= 2 * ENDS else [*lines[:ENDS], *lines[-ENDS:]]
-        widest = max(abs(line["difference"]) for line in ends) or 1.0
+        most, least = max(0.0, ends[0]["difference"]), min(0.0, ends[-1]["difference"])
+        span = (most - least) or 1.0
         found.append({"suite": suite, "metric": metric, "n": count(len(lines)), "worse": count(sum(line["difference"] < 0 for line in lines)),
-                      "cut": len(lines) > len(ends), "lines": [{"slice": line["slice"] or "(none)", "n": count(line["n"]), "value": number(line["difference"], 2, sign=True),
-                                                                "width": f"{50 * abs(line['difference']) / widest:.1f}", "up": line["difference"] >= 0} for line in ends]})
+                      "cut": len(lines) > len(ends), "lines": [_group_line(line, least, span) for line in ends]})
     return found
+
+
+def _group_line(line: dict[str, Any], least: float, span: float) -> dict[str, Any]:
+    """A bar from zero, in per cent of the width."""
+    value = line["difference"]
+    return {"slice": line["slice"] or "(none)", "n": count(line["n"]), "value": number(value, 2, sign=True), "up": value >= 0,
+            "left": f"{100 * (min(value, 0.0) - least) / span:.1f}", "width": f"{100 * abs(value) / span:.1f}"}
 
 
 def _drawings(run: RunData) -> list[dict[str, str]]:

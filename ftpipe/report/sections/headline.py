@@ -7,7 +7,7 @@ from typing import Any
 
 from ftpipe.artifacts import Artifact
 from ftpipe.report.collect import RunData, base_model, columns, params, seconds
-from ftpipe.report.numbers import count, interval, number, percent
+from ftpipe.report.numbers import count, interval, number, percent, setting
 from ftpipe.report.numbers import seconds as duration
 from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 
@@ -52,7 +52,7 @@ def _further(run: RunData) -> list[str]:
                 said.append(_control(other, comparison))
     for row in found["rows"]:
         if row["forgetting"] and BASE in row["against"]:
-            said.append(_forgetting(row, row["against"][BASE]))
+            said.append(_forgetting(row, row["against"][BASE], _allowed(found["verdict"], row)))
             break
     if found["verdict"] and not found["verdict"]["passed"]:
         failed = [r["name"] for r in found["verdict"]["rules"] if r.get("required", True) and r["passed"] is False]
@@ -84,14 +84,23 @@ def _control(other: str, c: dict[str, Any]) -> str:
     return f"It is {c['words']} than {name}: the choice of rows {'helped' if c['words'] == 'better' else 'did harm'}."
 
 
-def _forgetting(row: dict[str, Any], c: dict[str, Any]) -> str:
+def _allowed(verdict: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The rule of the gate that bounds forgetting on this suite."""
+    rules = (verdict or {}).get("rules", [])
+    return next((r for r in rules if (r.get("suite"), r.get("against"), r.get("require")) == (row["suite"], BASE, "not_worse") and r.get("margin")), None)
+
+
+def _forgetting(row: dict[str, Any], c: dict[str, Any], rule: dict[str, Any] | None) -> str:
     if c["words"] == "no difference can be claimed":
         return f"On {row['suite']}, which measures what it may have forgotten, no difference can be claimed."
     digits = row_digits(row)
     if c["words"] == "better":
         return f"On {row['suite']}, which measures what it may have forgotten, it is better than before by {number(c['difference'], digits)}."
-    return f"It forgot something: on {row['suite']} it is worse than the base model by {number(-c['difference'], digits)} " \
-           f"({interval(-c['high'], -c['low'], digits)})."
+    said = f"It forgot something: on {row['suite']} it is worse than the base model by {number(-c['difference'], digits)}"
+    if rule is None:
+        return said + "."
+    margin = setting(rule["margin"])
+    return f"{said}, within the {margin} that the gate allows." if rule["passed"] else f"{said}; the gate allows {margin}, and more cannot be ruled out."
 
 
 def _metric(row: dict[str, Any]) -> str:

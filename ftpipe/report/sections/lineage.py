@@ -53,8 +53,8 @@ def _dag(run: RunData) -> dict[str, Any]:
     groups: dict[str, list[Artifact]] = {}
     for artifact in run.artifacts:
         groups.setdefault(_group(artifact.name), []).append(artifact)
-    edges = {g: list(dict.fromkeys(_group(e["name"]) for a in members for e in a.manifest["inputs"].values() if _group(e["name"]) in groups and _group(e["name"]) != g))
-             for g, members in groups.items()}
+    read = {g: [_group(e["name"]) for a in members for e in a.manifest["inputs"].values()] for g, members in groups.items()}
+    edges = {g: [i for i in dict.fromkeys(inputs) if i in groups and i != g] for g, inputs in read.items()}
     try:
         placed = layout(edges)
     except ValueError:  # steps of two chains that feed each other: a group would be above and below itself
@@ -64,10 +64,11 @@ def _dag(run: RunData) -> dict[str, Any]:
     for name, members in groups.items():
         x, y = placed["boxes"][name]
         last = members[-1]
-        kind = f"{len(members)} steps" if len(members) > 1 else last.kind.replace("_", " ")
-        rows = f" · {count(last.counts['rows_kept'])} rows" if "rows_kept" in last.counts else ""
+        kind = f"{len(members)} steps" if len(members) > 1 else "" if last.kind == name else last.kind.replace("_", " ").removeprefix("curate ")
+        took = f"{count(last.counts['rows_kept'])} rows" if "rows_kept" in last.counts else duration(seconds(last))
         role = "decision" if last in (run.verdict, run.registration) else "training" if last in run.trainings else "stage"
-        boxes.append({"x": x, "y": y, "name": name if len(name) <= LETTERS else name[:LETTERS - 1] + "…", "under": kind + rows, "role": role})
+        shown = name if len(name) <= LETTERS else name[:LETTERS - 1] + "…"
+        boxes.append({"x": x, "y": y, "name": shown, "under": " · ".join(filter(None, (kind, took))), "role": role})
     return {"width": placed["width"], "height": placed["height"], "lines": placed["lines"], "boxes": boxes, "box": BOX, "tall": TALL}
 
 
@@ -84,7 +85,8 @@ def _libraries(run: RunData) -> list[tuple[str, str]]:
 
 
 def _base(run: RunData) -> list[tuple[str, str]]:
-    lines = [(k.replace("_", " "), setting(v)) for k, v in _flat(base_model(run)).items()]
+    order = {k: i for i, k in enumerate(("model", "revision", "weights", "config", "tokenizer", "chat_template"))}
+    lines = [(k.replace("_", " "), v) for k, v in sorted(_flat(base_model(run)).items(), key=lambda item: order.get(item[0], len(order)))]
     if run.adapter and run.adapter.has("adapter/ftpipe_adapter.json"):
         described = run.adapter.json("adapter/ftpipe_adapter.json")
         names = {k for k, _ in lines}

@@ -17,7 +17,8 @@ TITLES = {"tokens": ("Length", "tokens in the row"), "trained_tokens": ("Trained
           "perplexity": ("Perplexity", "perplexity under the base model"), "learnability": ("Learnability", "1 − loss of the reference / loss of the base"),
           "loss_reference": ("Loss of the reference model", "nats per token")}
 """Columns whose meaning is known: heading and axis."""
-SAME = {"loss": ("perplexity",), "nll": ("loss", "perplexity"), "loss_base": ("loss", "perplexity"), "trained_tokens": (), "prompt_tokens": ("tokens",)}
+SAME = {"loss": ("perplexity",), "nll": ("loss", "perplexity"), "loss_base": ("loss", "perplexity"), "trained_tokens": ("tokens",),
+        "prompt_tokens": ("tokens",)}
 """Columns that say what another one already shows."""
 SKIPPED = ("row_id", "cluster", "times", "x", "y", "sampling_weight")
 FACTS = {"drawn": "drawn, with repeats", "distinct": "different rows drawn", "oracle_calls": "losses asked for"}
