@@ -1,0 +1,39 @@
+"""`ftpipe run`: the flow in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.server import api, flush
+from flows.session import Session, current
+
+if TYPE_CHECKING:
+    from ftpipe.pipeline.runner import Run
+    from ftpipe.stages.base import Listener
+
+
+def run_flow(config_path: str | Path, *, only: str | None, start: str | None, to: str | None, force: Iterable[str], overrides: dict[str, Any] | None,
+             listener: Listener | None) -> Run:
+    """See `flows.run`."""
+    # The caller shows progress and errors; Prefect's own console lines would say everything twice.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    session = Session(listener)
+    with api(schedules=False):
+        from prefect.exceptions import CancelledRun
+
+        from flows.data_to_model import data_to_model
+        from flows.stale import mark_crashed
+
+        mark_crashed()
+        token = current.set(session)
+        try:
+            data_to_model(str(Path(config_path).absolute()), only=only, start=start, to=to, force=list(force), overrides=overrides)
+        except CancelledRun:
+            raise KeyboardInterrupt from None
+        finally:
+            current.reset(token)
+            flush()
+    return session.run

@@ -1,0 +1,116 @@
+"""`ftpipe serve`: a deployment with a schedule, and the runner that executes it on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from flows.server import api
+from ftpipe.errors import ConfigError
+from ftpipe.pipeline import spec
+
+
+def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | None, timezone: str | None, name: str | None,
+               overrides: dict[str, Any] | None, limit: int) -> None:
+    """See `flows.serve`. Stopping it pauses the schedule, so that no late runs pile up; serving again takes it up again."""
+    if limit < 1:
+        raise ConfigError(f"limit is {limit}", where="serve", remedy="at least one run must be allowed")
+    config = Path(config_path).absolute()
+    pipeline = spec.load(config, overrides=overrides)
+    pipeline.check()
+    wanted = schedule(cron=cron, interval=interval, timezone=timezone)
+    # A relative workspace counts from where ftpipe is started, which is not where a run started from the UI may find itself.
+    parameters = {"config": str(config), "overrides": {**(overrides or {}), "workspace": str(pipeline.env.workspace)}}
+    with api(schedules=True) as url:
+        from prefect import get_client
+        from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+        from prefect.flows import EntrypointType
+
+        from flows.data_to_model import data_to_model
+        from flows.stale import mark_crashed
+
+        mark_crashed()
+        runner = _runner(name or pipeline.name, limit)
+        id = runner.add_flow(
+            data_to_model, name=name or pipeline.name, parameters=parameters, schedules=[wanted] if wanted else [], tags=[f"pipeline:{pipeline.name}"],
+            description=f"Keeps the adapter of `{config}` up to date. A run over unchanged data reuses every stage.",
+            concurrency_limit=ConcurrencyLimitConfig(limit=limit, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        with get_client(sync_client=True) as client:
+            client.resume_deployment(id)  # stopping the last `ftpipe serve` paused it
+        ui = os.environ.get("PREFECT_UI_URL") or url.removesuffix("/api")
+        print(f"{pipeline.name} is served {_words(wanted)}; ctrl-C pauses it\n{ui}/deployments/deployment/{id}", flush=True)
+        try:
+            asyncio.run(runner.start())
+        except KeyboardInterrupt:
+            print("stopped; the schedule is paused until it is served again", flush=True)
+
+
+def _runner(name: str, limit: int) -> Any:
+    from prefect.runner import Runner
+
+    class InterruptibleRunner(Runner):
+        """SIGTERM ends it as ctrl-C in a terminal does, which reaches the flows' processes too.
+
+        Prefect's own handler waits inside the event loop for that same loop; and a runner that is interrupted waits for its flows to end
+        before it asks them to.
+        """
+
+        def handle_sigterm(self, *args: Any, **kwargs: Any) -> None:
+            for flow_process in multiprocessing.active_children():
+                flow_process.terminate()
+            signal.raise_signal(signal.SIGINT)
+
+    return InterruptibleRunner(name=name, limit=limit, pause_on_shutdown=True)
+
+
+def _words(wanted: Any) -> str:
+    if wanted is None:
+        return "without a schedule"
+    return f"on `{wanted.cron}` ({wanted.timezone})" if wanted.cron else f"every {wanted.interval.total_seconds():g} s"
+
+
+def schedule(*, cron: str | None, interval: float | None, timezone: str | None) -> Any:
+    """A Prefect schedule, or None if neither is given. Raises ConfigError for one that cannot work."""
+    if cron is not None and interval is not None:
+        raise ConfigError("both a cron expression and an interval are given", where="serve", remedy="give one of them")
+    if interval is not None:
+        if interval < 1:
+            raise ConfigError(f"the interval is {interval} s", where="serve", remedy="write it in seconds, at least 1")
+        from prefect.schedules import Interval
+
+        return Interval(interval)
+    if cron is None:
+        return None
+    from pydantic import ValidationError
+
+    zone = _zone(timezone or "UTC")
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.schedules import Cron
+
+    try:
+        CronSchedule(cron=cron, timezone=zone)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{cron!r} is no cron expression: {reason}", where="serve",
+                          remedy='five fields: minute hour day-of-month month day-of-week, such as "0 3 * * *" for three at night') from error
+    return Cron(cron, timezone=zone)
+
+
+def _zone(name: str) -> str:
+    from zoneinfo import ZoneInfo, available_timezones
+
+    from ftpipe.errors import nearest
+
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        near = nearest(name, available_timezones()).partition("? ")[0]
+        raise ConfigError(f"there is no time zone {name!r}", where="serve",
+                          remedy=f"{near}?" if near.startswith("did") else "use a name such as Europe/Berlin or UTC") from error
+    return name

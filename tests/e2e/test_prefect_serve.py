@@ -1,0 +1,120 @@
+"""A pipeline on a schedule, through a real server and runner."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import pytest
+
+from tests.flows.real_server import environment, free_port, ftpipe, prefect_server, query, serving
+from tests.stages_for_tests import CHAIN, install, stop, wait_for, write_pipeline
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> dict[str, str]:
+    return install(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home) as api:
+        yield api, home
+
+
+def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tmp_path):
+    api, home = server
+    config = write_pipeline(tmp_path, CHAIN, name="nightly")
+    env = environment(home, kinds)
+    with serving(config, api, env, "--every", "12") as (process, deployment):
+        first, seconds = wait_for(lambda: api.runs(deployment, "COMPLETED"), 90, what="a finished run")
+        print(f"first scheduled run finished after {seconds:.1f} s")
+        run = first[0]
+        assert run["auto_scheduled"] and run["name"].startswith("nightly ")
+        assert "3 of 3 stages ran" in run["state"]["message"]
+        assert {t["name"]: t["state"]["name"] for t in _settled(api, run["id"])} == {"rows": "Completed", "adapter": "Completed", "page": "Completed"}
+        keys = {a["key"]: a["type"] for a in api.artifacts(run["id"])}
+        assert keys["nightly-rows"] == "table" and keys["nightly-adapter-progress"] == "progress" and keys["nightly-run"] == "markdown"
+        wait_for(lambda: any("4 lines, 1 comments" in m for m in api.logs(run["id"])), 20, what="the stage's log line in Prefect")
+
+        done, _ = wait_for(lambda: len(r := api.runs(deployment, "COMPLETED")) > 1 and r, 90, what="a second run")
+        second = done[1]
+        print(f"second run: {second['total_run_time']:.1f} s; {second['state']['message']}")
+        assert second["state"]["message"] == "nothing to do: all 3 stages are up to date"
+        assert {t["state"]["name"] for t in _settled(api, second["id"])} == {"Reused"}
+
+        found = api.deployment("nightly")
+        assert found["schedules"][0]["active"] and not found["paused"] and found["schedules"][0]["schedule"]["interval"] == 12
+        assert found["entrypoint"] == "flows.data_to_model.data_to_model" and found["global_concurrency_limit"]["limit"] == 1
+        assert found["parameters"]["config"] == str(config) and found["parameters"]["overrides"] == {"workspace": str(tmp_path / "work")}
+        assert api.runs(deployment, "SCHEDULED"), "the next runs are not listed"
+        page = httpx.get(api.url.removesuffix("/api") + "/", follow_redirects=True, headers={"accept": "text/html"})
+        assert page.status_code == 200 and "<title>Prefect" in page.text
+        process.terminate()
+        assert process.wait(40) == 0
+    assert not api.deployment("nightly")["schedules"][0]["active"] or api.deployment("nightly")["paused"]
+    with serving(config, api, env, "--cron", "0 3 * * *") as (_, again):
+        found = api.deployment("nightly")
+        assert again == deployment and not found["paused"]
+        assert [(s["active"], s["schedule"]["cron"], s["schedule"]["timezone"]) for s in found["schedules"]] == [(True, "0 3 * * *", "UTC")]
+        waiting, _ = wait_for(lambda: api.runs(deployment, "SCHEDULED"), 30, what="the next run")
+        assert all(r["expected_start_time"][11:16] == "03:00" for r in waiting)
+
+
+def _settled(api, run: str):
+    """The task runs of a finished flow run; the server takes a moment to record how they ended."""
+    return wait_for(lambda: (t := api.tasks(run)) and all(x["state"]["type"] == "COMPLETED" for x in t) and t, 30, what="the end of the task runs")[0]
+
+
+def test_a_second_run_waits_for_the_first(server, kinds, tmp_path):
+    api, home = server
+    config = write_pipeline(tmp_path, {"rows": CHAIN["rows"], "adapter": CHAIN["adapter"] | {"steps": 16, "pause": 0.5}}, name="busy")
+    with serving(config, api, environment(home, kinds)) as (_, deployment):
+        ids = [api.start(deployment), api.start(deployment)]
+        most = 0
+        end = time.monotonic() + 90
+        while time.monotonic() < end and not all(api.run(i)["state"]["type"] == "COMPLETED" for i in ids):
+            most = max(most, len(api.runs(deployment, "RUNNING")))
+            time.sleep(0.5)
+        states = [api.run(i)["state"] for i in ids]
+        assert [s["type"] for s in states] == ["COMPLETED", "COMPLETED"] and most == 1
+        assert sorted("nothing to do" in s["message"] for s in states) == [False, True]
+
+
+def test_serve_without_a_server_brings_its_own(kinds, tmp_path):
+    home = tmp_path / "prefect"
+    home.mkdir()
+    config, log = write_pipeline(tmp_path, CHAIN, name="own"), tmp_path / "serve.log"
+    with ftpipe(["serve", str(config), "--every", "10"], environment(home, kinds), log) as process:
+        wait_for(lambda: process.poll() is not None or "is served" in log.read_text(), 120, what="the runner")
+        assert process.poll() is None, log.read_text()
+        ui = next(line for line in log.read_text().splitlines() if "/deployments/deployment/" in line)
+        assert httpx.get(ui, headers={"accept": "text/html"}, follow_redirects=True).status_code == 200
+        wait_for(lambda: query(home, "select 1 from flow_run where state_type = 'COMPLETED'"), 90, what="a finished run")
+        stop(process)
+        assert process.returncode == 0, log.read_text()[-2000:]
+        wait_for(lambda: not _answers(ui), 20, what="the end of the server")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("arguments, url, words, status", [
+    (["--cron", "0 25 * * *"], None, ["is no cron expression", "five fields"], 2),
+    (["--cron", "0 3 * * *", "--timezone", "Europe/Berlinn"], None, ["no time zone", "Europe/Berlin"], 2),
+    (["--cron", "0 3 * * *"], "http://127.0.0.1:{port}/api", ["does not answer", "then try again"], 1),
+])
+def test_serve_says_what_is_wrong(arguments, url, words, status, kinds, tmp_path):
+    config, log = write_pipeline(tmp_path, CHAIN), tmp_path / "serve.log"
+    env = environment(tmp_path, kinds) | ({"PREFECT_API_URL": url.format(port=free_port())} if url else {})
+    with ftpipe(["serve", str(config), *arguments], env, log) as process:
+        assert process.wait(60) == status
+    said = log.read_text()
+    assert all(w in said for w in words) and "Traceback" not in said, said

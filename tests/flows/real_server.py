@@ -1,0 +1,139 @@
+"""A real Prefect server, `ftpipe serve` and `ftpipe run` as processes of their own, for the end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.stages_for_tests import stop, wait_for
+
+FTPIPE = [sys.executable, "-c", "from ftpipe.cli import main; main()"]
+QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(home: Path, extra: dict[str, str]) -> dict[str, str]:
+    """The environment of a user whose Prefect database is in `home` and who has no Prefect server configured."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
+    return kept | QUIET | {"PREFECT_HOME": str(home)} | extra
+
+
+class Api:
+    """The few calls to Prefect's REST API that the tests need."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+    def get(self, path: str) -> Any:
+        answer = httpx.get(f"{self.url}{path}", timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def post(self, path: str, body: Any = None) -> Any:
+        answer = httpx.post(f"{self.url}{path}", json=body if body is not None else {}, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def deployment(self, name: str) -> Any:
+        """The deployment of the main flow called `name`, or None."""
+        answer = httpx.get(f"{self.url}/deployments/name/data-to-model/{name}", timeout=30)
+        return answer.json() if answer.status_code == 200 else None
+
+    def runs(self, deployment: str, *states: str) -> list[Any]:
+        where: dict[str, Any] = {"deployment_id": {"any_": [deployment]}}
+        if states:
+            where["state"] = {"type": {"any_": list(states)}}
+        return self.post("/flow_runs/filter", {"flow_runs": where, "sort": "EXPECTED_START_TIME_ASC", "limit": 200})
+
+    def start(self, deployment: str) -> str:
+        return self.post(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
+
+    def run(self, id: str) -> Any:
+        return self.get(f"/flow_runs/{id}")
+
+    def tasks(self, id: str) -> list[Any]:
+        return self.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [id]}}})
+
+    def artifacts(self, id: str) -> list[Any]:
+        return self.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [id]}}})
+
+    def logs(self, id: str) -> list[str]:
+        return [line["message"] for line in self.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [id]}}, "limit": 200})]
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[Api]:
+    """`prefect server start` on a free port, with its database in `home`."""
+    port = free_port()
+    with (home / "server.out").open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", str(port)], env=environment(home, {}), stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        api = Api(f"http://127.0.0.1:{port}/api")
+        wait_for(lambda: process.poll() is not None or _healthy(api.url), 120, what="the Prefect server's start")
+        assert process.poll() is None, (home / "server.out").read_text()
+        yield api
+    finally:
+        stop(process)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def ftpipe(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    """An `ftpipe` command in a process group of its own, as a shell would start it."""
+    with log.open("ab") as out:
+        process = subprocess.Popen([*FTPIPE, *arguments], env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0, cwd=log.parent)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+@contextmanager
+def serving(config: Path, api: Api, env: dict[str, str], *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`ftpipe serve` and the id of its deployment, once it polls for runs."""
+    log = config.parent / "serve.log"
+    with ftpipe(["serve", str(config), *arguments], env | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}, log) as process:
+        found, _ = wait_for(lambda: process.poll() is not None or api.deployment(config.stem), 90, what="the deployment")
+        assert process.poll() is None, log.read_text()
+        wait_for(lambda: "is served" in log.read_text(), 30, what="the runner")
+        yield process, found["id"]
+
+
+def pids(workspace: Path) -> dict[str, Any]:
+    """Process numbers that the stage `ranks` wrote: of its children, of the flow and of the flow's parent."""
+    path = workspace / "ranks.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """What a terminal does on ctrl-C: SIGINT to the whole process group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def query(home: Path, sql: str) -> list[tuple]:
+    """Rows of the Prefect database, read after its server is gone."""
+    with sqlite3.connect(f"file:{home / 'prefect.db'}?mode=ro", uri=True) as con:
+        return con.execute(sql).fetchall()
