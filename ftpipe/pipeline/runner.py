@@ -76,6 +76,7 @@ class Run:
     def execute(self, name: str) -> Artifact:
         """Bring one stage up to date and return its artifact. Raises what the stage raises, after recording it."""
         began = time.monotonic()
+        self.record |= {"state": "running", "ended": None}  # a second try after a failure that a retry may mend
         try:
             artifact, planned = self._execute(name)
         except BaseException as error:
