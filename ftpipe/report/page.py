@@ -8,7 +8,7 @@ from typing import Any
 from ftpipe import __version__
 from ftpipe.report.collect import RunData
 from ftpipe.report.sections import audit, comparison, examples, headline, lineage, rows, scores, training
-from ftpipe.report.text import clean
+from ftpipe.report.text import breakable, clean
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
@@ -45,5 +45,7 @@ def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else clean(value))
+    environment.filters["breakable"] = breakable
+    return environment

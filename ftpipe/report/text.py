@@ -17,6 +17,13 @@ def clean(text: Any) -> str:
     return _DIRECTION.sub(lambda m: f"\\u{ord(m.group()):04x}", text)
 
 
+def breakable(name: Any) -> Any:
+    """A name as markup that may be broken after `/` and `_`."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(clean(name)))))
+
+
 def clip(text: Any, length: int) -> dict[str, Any]:
     """The first `length` characters, cleaned, and how many are left out."""
     text = "" if text is None else str(text)

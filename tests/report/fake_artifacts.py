@@ -38,7 +38,8 @@ class FakeRun:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
 
     def add(self, name: str, kind: str, inputs: list[str], write: Any, *, params: dict[str, Any] | None = None, meta: dict[str, Any] | None = None,
-            externals: dict[str, Any] | None = None, libraries: dict[str, str] | None = None, seconds: float = 1.0) -> Artifact:
+            externals: dict[str, Any] | None = None, libraries: dict[str, str] | None = None, seconds: float = 1.0,
+            notes: dict[str, Any] | None = None) -> Artifact:
         """Commit an artifact through the real store. `write(out)` writes its payload and may return counts."""
         store = Store(self.workspace)
         given = {ref: self.artifacts[ref] for ref in inputs}
@@ -48,9 +49,9 @@ class FakeRun:
         with store.building(kind, key) as out:
             counted = write(out) or {}
             (out / "log.txt").write_text(f"{name} done\n")
-            notes = {"started": "2026-01-15T03:00:00+00:00", "seconds": seconds, "run": "20260115-030000-abcd", "host": "worker-1"}
+            recorded = {"started": "2026-01-15T03:00:00+00:00", "seconds": seconds, "run": "20260115-030000-abcd", "host": "worker-1"} | (notes or {})
             artifact = store.commit(out, kind=kind, name=name, key=key, material=material, inputs=given, counts=counted,
-                                    meta=meta or {}, notes=notes)
+                                    meta=meta or {}, notes=recorded)
         self.artifacts[name] = artifact
         return artifact
 
@@ -257,23 +258,26 @@ def _train(run: FakeRun, rng, name, source, ids, times, lengths, gain):
     total = int(sum(sum(lengths[i]) * t for i, t in zip(ids, times)) / steps)
     at = np.arange(1, steps + 1)
 
-    def write(out: Path) -> None:
+    def write(out: Path) -> dict[str, int]:
         loss = 3.46 - gain * (1 - np.exp(-at / 14)) + rng.normal(0, 0.09, steps)
-        pq.write_table(pa.table({"step": at, "epoch": at / steps, "loss": loss, "learning_rate": 1e-3 * np.minimum(at / 5, (steps - at) / (steps - 5)),
-                                 "grad_norm": rng.gamma(8, 0.1, steps), "tokens": at * total, "trained_tokens": at * trained,
-                                 "tokens_per_second": rng.normal(240, 9, steps), "memory_bytes": np.full(steps, 1_230_000_000), "seconds": at * 1.1}),
-                       out / "metrics.parquet")
+        pq.write_table(pa.table({"step": at, "epoch": np.zeros(steps, dtype=int), "loss": loss, "grad_norm": rng.gamma(8, 0.1, steps),
+                                 "learning_rate": 1e-3 * np.minimum(at / 5, (steps - at) / (steps - 5)), "tokens": np.full(steps, total),
+                                 "trained_tokens": np.full(steps, trained)}), out / "metrics.parquet")
         pq.write_table(pa.table({"row_id": ids, "times": times, "first_step": [1] * len(ids), "last_step": [steps] * len(ids)}), out / "seen.parquet")
         (out / "adapter").mkdir()
         (out / "adapter" / "adapter_model.safetensors").write_bytes(b"not a tensor")
         write_json(out / "adapter" / "ftpipe_adapter.json", {"method": {"lora": {"r": 16, "alpha": 32}}, "base": MODEL, "tokenizer": "a1" * 32,
                                                              "chat_template": "b2" * 32, "dtype": "bfloat16", "trainable": 921_600})
-        write_json(out / "train.json", {"steps": steps, "ranks": 2, "zero_stage": 2, "tokens": total * steps, "trained_tokens": trained * steps})
+        write_json(out / "train.json", {"steps": steps, "epochs": 1, "rows": len(ids), "tokens": total * steps, "trained_tokens": trained * steps,
+                                        "trainable": 921_600, "parameters": 135_436_608})
+        return decide(out, name, ids, [None] * len(ids), [float(t) for t in times]) | {"steps": steps}
 
     run.add(name, "train", [source], write, externals={"model": MODEL}, libraries={"torch": "2.13.0", "peft": "0.21.2", "deepspeed": "0.19.8"}, seconds=71.3,
+            notes={"ranks": 2, "device": "cpu", "zero": 2, "tokens_per_second": 239.6, "memory_bytes": 1_230_000_000,
+                   "timing": [{"step": 1, "seconds": 1.1, "tokens_per_second": 239.6, "memory_bytes": 1_230_000_000}]},
             params={"rows": source, "adapt": {"lora": {"r": 16, "alpha": 32, "dropout": 0.0, "targets": "all-linear"}}, "objective": {"sft": {}},
-                    "optimizer": {"adamw": {"learning_rate": 0.001, "weight_decay": 0.0}}, "schedule": {"linear": {"warmup": 5}}, "zero": 2, "ranks": 2,
-                    "batch_rows": 4, "epochs": 1.0, "precision": "bf16", "seed": 0})
+                    "optimizer": {"adamw": {"weight_decay": 0.0}}, "schedule": {"linear": {}}, "learning_rate": 0.001, "warmup": 0.03,
+                    "epochs": None, "dtype": "bfloat16", "clip": 1.0, "seed": 0})
 
 
 def _evaluate(run: FakeRun, rng, heldout, gain, hostile):

@@ -6,9 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ftpipe.report.plots.style import COLOUR, both, place
+from ftpipe.report.plots.style import COLOUR, NARROW, both, place
 
-ROW, AXIS = 34, 48
+ROW, ROW_NARROW, AXIS = 34, 44, 48
 
 
 def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> Markup:
@@ -18,11 +18,13 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
         entries: each with label, difference, low, high (None where it is unbounded), and colour (a role of `COLOUR`). Positive is better.
         unit: what the axis measures.
     """
-    height = ROW * len(entries) + AXIS
+
+    def height(width: int) -> int:
+        return (ROW if width > NARROW else ROW_NARROW) * len(entries) + AXIS
 
     def paint(figure: Any, width: int) -> None:
-        wide = width > 500
-        axes = place(figure, width, height, left=270 if wide else 10, right=16, top=4, bottom=AXIS)
+        wide = width > NARROW
+        axes = place(figure, width, height(width), left=270 if wide else 10, right=16, top=4, bottom=AXIS)
         ends = [0.0] + [v for e in entries for v in (e["low"], e["high"], e["difference"]) if v is not None]
         pad = 0.08 * ((max(ends) - min(ends)) or 1)
         axes.set_xlim(min(ends) - pad, max(ends) + pad)
@@ -34,14 +36,14 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
         axes.set_yticks([])
         for y, e in enumerate(entries):
             colour = COLOUR[e["colour"]]
-            at = y if wide else y + 0.16
+            at = y if wide else y + 0.2
             span = [end if value is None else value for value, end in zip((e["low"], e["high"]), axes.get_xlim())]
             axes.plot(span, [at, at], color=colour, linewidth=2.2)
             axes.plot([e["difference"]], [at], marker="o", markersize=6, color=colour, markeredgecolor=COLOUR["surface"], markeredgewidth=1)
             if wide:
                 axes.text(-270 / (width - 286), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
             else:
-                axes.text(0, y - 0.26, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+                axes.text(0, y - 0.2, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
         axes.set_xlabel(unit)
 
     return both(paint, height, name, label)

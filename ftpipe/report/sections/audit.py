@@ -24,7 +24,7 @@ def build(run: RunData) -> dict[str, Any] | None:
 def _splits(stated: dict[str, Any]) -> list[dict[str, str]]:
     """For each side of the split, how many of its tokens are trained on."""
     found = stated.get("splits") if isinstance(stated.get("splits"), dict) else {}
-    return [{"name": SPLITS.get(name, (name, ""))[0], "verb": SPLITS.get(name, ("", "trained on"))[1], "rows": count(s.get("rows")), "percent": percent(s["trained_share"]),
+    return [{"name": SPLITS.get(name, (name, ""))[0], "verb": SPLITS.get(name, ("", "trained on"))[1], "percent": percent(s["trained_share"]),
              "width": f"{100 * s['trained_share']:.2f}", "tokens": count(s.get("tokens"))} for name, s in found.items() if s.get("trained_share") is not None]
 
 

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from ftpipe.artifacts import Artifact
-from ftpipe.report.collect import RunData, base_model, columns, params, seconds
+from ftpipe.report.collect import RunData, base_model, params, seconds
 from ftpipe.report.numbers import count, interval, number, percent, setting
 from ftpipe.report.numbers import seconds as duration
+from ftpipe.report.sections.training import totals
 from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 
 
@@ -142,9 +143,10 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     read = run.path[0].counts.get("rows_in") if run.path else None
     if run.trained_ids:
         facts.append(("Rows", f"{count(len(run.trained_ids))}" + (f" of {count(read)} read" if read else "")))
-    tokens = trained_tokens(run.adapter)
-    if tokens:
-        facts.append(("Tokens trained on", count(tokens)))
+    tokens = totals(run.adapter) if run.adapter else {}
+    if tokens.get("trained_tokens"):
+        seen = f" of {count(tokens['tokens'])} seen" if tokens.get("tokens") else ""
+        facts.append(("Tokens trained on", count(tokens["trained_tokens"]) + seen))
     times = [s for s in map(seconds, run.artifacts) if s is not None]
     if run.adapter and seconds(run.adapter) is not None:
         facts.append(("Training time", duration(seconds(run.adapter)) + _ranks(run.adapter)))
@@ -154,14 +156,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def _ranks(artifact: Artifact) -> str:
-    stated = artifact.json("train.json") if artifact.has("train.json") else {}
-    ranks = next((stated[k] for k in ("ranks", "world_size") if isinstance(stated.get(k), int)), None)
-    return f" on {ranks} ranks" if ranks and ranks > 1 else ""
-
-
-def trained_tokens(artifact: Artifact | None) -> int | None:
-    """Tokens whose loss was trained on, over the whole training."""
-    if artifact is None or not artifact.has("metrics.parquet"):
-        return None
-    (values,) = columns(artifact, "metrics.parquet", "trained_tokens")
-    return values[-1] if values else None
+    notes = artifact.manifest.get("notes", {})
+    device = {"cpu": "processor", "cuda": "GPU"}.get(notes.get("device"), notes.get("device"))
+    ranks = notes.get("ranks")
+    return f" on {ranks} {'rank' if ranks == 1 else 'ranks'}{f', {device}' if device else ''}" if ranks else ""

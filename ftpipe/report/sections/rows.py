@@ -13,17 +13,18 @@ REASONS = 6
 
 
 def build(run: RunData) -> dict[str, Any] | None:
-    steps = funnel(run.path)
+    path = [*run.path, *([run.adapter] if run.adapter and run.adapter not in run.path else [])]
+    steps = funnel(path)
     if not steps:
         return None
     widest = max(s["rows_in"] for s in steps) or 1
     names = {a.name for a in run.path}
     others = []
     for system, training in run.controls.items():
-        own = [a for a in rows_of(training) if a.name not in names]
+        own = [a for a in (*rows_of(training), training) if a.name not in names]
         if funnel(own):
             others.append({"system": system, "steps": _bars(funnel(own), widest), "end": _end(training)})
-    return {"steps": _bars(_with_gaps(run.path, steps), widest), "end": _end(run.adapter), "others": others, "quarantine": _quarantine(run.path)}
+    return {"steps": _bars(_with_gaps(path, steps), widest), "end": _end(run.adapter), "others": others, "quarantine": _quarantine(run.path)}
 
 
 def _with_gaps(path: list[Artifact], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

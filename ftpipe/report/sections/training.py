@@ -43,7 +43,8 @@ def _curve(name: str, artifact: Artifact, colour: str) -> dict[str, Any] | None:
     steps = read.get("step", np.arange(1, len(read["loss"]) + 1))
     smooth = _running_mean(read["loss"])
     thin = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).astype(int))
-    curve = {"name": name, "colour": colour, "step": steps[thin], "x": read.get("trained_tokens", steps)[thin], "y": read["loss"][thin], "smooth": smooth[thin]}
+    seen = np.cumsum(np.nan_to_num(read["trained_tokens"])) if "trained_tokens" in read else steps
+    curve = {"name": name, "colour": colour, "step": steps[thin], "x": seen[thin], "y": read["loss"][thin], "smooth": smooth[thin]}
     for column in ("learning_rate", "grad_norm"):
         if column in read and np.isfinite(read[column]).any():
             curve[column] = read[column][thin]
@@ -63,26 +64,37 @@ def _running_mean(values: Any) -> Any:
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
 
+def totals(artifact: Artifact) -> dict[str, Any]:
+    """Steps, rows, tokens and trained_tokens of a training, as far as it says."""
+    stated = artifact.json("train.json") if artifact.has("train.json") else {}
+    if artifact.has("metrics.parquet"):
+        read = table(artifact, "metrics.parquet", ("step", "tokens", "trained_tokens")).to_pydict()
+        for name in ("tokens", "trained_tokens"):
+            if name in read:
+                stated.setdefault(name, sum(v or 0 for v in read[name]))
+        if read.get("step"):
+            stated.setdefault("steps", read["step"][-1])
+    return stated
+
+
 def _facts(artifact: Artifact) -> dict[str, str]:
     import numpy as np
 
-    facts: dict[str, str] = {}
+    notes, stated = artifact.manifest.get("notes", {}), totals(artifact)
+    facts = {title: count(stated[key]) for key, title in (("steps", "steps"), ("epochs", "epochs"), ("rows", "rows"), ("tokens", "tokens seen"),
+                                                          ("trained_tokens", "tokens trained on"), ("trainable", "parameters that train"))
+             if isinstance(stated.get(key), (int, float))}
     if artifact.has("metrics.parquet"):
-        read = table(artifact, "metrics.parquet").to_pydict()
-        if read.get("step"):
-            facts["steps"] = count(read["step"][-1])
-        for column, title in (("tokens", "tokens seen"), ("trained_tokens", "tokens trained on")):
-            if read.get(column):
-                facts[title] = count(read[column][-1])
-        if read.get("loss"):
-            tail = [v for v in read["loss"][-max(len(read["loss"]) // 10, 1):] if v is not None]
-            facts["loss, last tenth"] = number(float(np.mean(tail)), 3) if tail else ""
-        speeds = [v for v in read.get("tokens_per_second", []) if v]
-        if speeds:
-            facts["tokens a second, median"] = count(float(np.median(speeds)))
-        memory = [v for v in read.get("memory_bytes", []) if v]
-        if memory:
-            facts["peak memory"] = size(max(memory))
+        values = [v for v in table(artifact, "metrics.parquet", ("loss",)).to_pydict().get("loss", []) if v is not None]
+        if values:
+            tenth = max(len(values) // 10, 1)
+            facts["loss, first tenth"], facts["loss, last tenth"] = (number(float(np.mean(part)), 3) for part in (values[:tenth], values[-tenth:]))
+    if notes.get("tokens_per_second"):
+        facts["tokens a second, median"] = count(notes["tokens_per_second"])
+    if notes.get("memory_bytes"):
+        facts["peak memory"] = size(notes["memory_bytes"])
+    if notes.get("ranks"):
+        facts["ranks"] = f"{notes['ranks']} on {notes.get('device', 'an unknown device')}, ZeRO {notes.get('zero', '–')}"
     if seconds(artifact) is not None:
         facts["time"] = duration(seconds(artifact))
     return facts
