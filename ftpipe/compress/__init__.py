@@ -1,0 +1,1 @@
+"""Compression: a smaller adapter, with what was lost stated."""

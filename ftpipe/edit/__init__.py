@@ -1,0 +1,1 @@
+"""Editing: an adapter's change turned into another one, without training."""

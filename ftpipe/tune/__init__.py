@@ -1,0 +1,1 @@
+"""Tuning: which settings to try next."""
