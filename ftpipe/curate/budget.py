@@ -75,7 +75,7 @@ class Limit:
         amount: most that may be chosen, in `unit`.
         unit: `tokens` or `rows`.
         available: what all train rows hold together.
-        cost: row_id and cost (int64) of each train row, in ascending order of row_id.
+        cost: row_id, length (tokens, or 1) and cost (length times its repetition; int64) of each train row, in ascending order of row_id.
     """
 
     amount: int
@@ -83,7 +83,7 @@ class Limit:
     available: int
     cost: pa.Table
 
-    def take(self, costs: np.ndarray) -> np.ndarray:
+    def take(self, costs: np.ndarray, amount: int | None = None) -> np.ndarray:
         """Which items of an order to take: indices into `costs`, ascending.
 
         Items are taken from the front until the next one would exceed the budget; what is left is then offered to the items after it, in
@@ -91,13 +91,15 @@ class Limit:
 
         Args:
             costs: (n,) cost of each item in the order of preference. An item may be a row drawn again.
+            amount: fill this much, instead of the whole budget.
         """
         import numpy as np
 
         costs = np.asarray(costs, dtype=np.int64)
+        amount = self.amount if amount is None else amount
         total = np.cumsum(costs)
-        front = int(np.searchsorted(total, self.amount, side="right"))
-        left = self.amount - (int(total[front - 1]) if front else 0)
+        front = int(np.searchsorted(total, amount, side="right"))
+        left = amount - (int(total[front - 1]) if front else 0)
         taken = [np.arange(front)]
         start, step = front, 4096
         while start < len(costs) and left > 0:
@@ -112,18 +114,18 @@ class Limit:
         """What `chosen` (row_id, times) costs."""
         import pyarrow.compute as pc
 
-        joined = chosen.select(["row_id", "times"]).join(self.cost, "row_id", join_type="inner")
+        joined = chosen.select(["row_id", "times"]).join(self.cost.select(["row_id", "cost"]), "row_id", join_type="inner")
         return pc.sum(pc.multiply(joined["times"].cast("int64"), joined["cost"])).as_py() or 0
 
 
 def costs(rows: RowSet, ctx: StepContext, step: CurateStep, unit: str) -> pa.Table:
-    """row_id and cost (int64) of each train row in ascending order of row_id, repetitions included."""
+    """row_id, length and cost of each train row, see `Limit.cost`."""
     with connection(rows, ctx) as con:
         if unit == "rows":
-            return con.sql("select row_id, times::bigint as cost from rows where split = 'train' order by row_id").to_arrow_table()
+            return con.sql("select row_id, 1::bigint as length, times::bigint as cost from rows where split = 'train' order by row_id").to_arrow_table()
         con.register("counted", step.tokens(rows))
-        table = con.sql("select row_id, (times * tokens)::bigint as cost from rows left join counted using (row_id) where split = 'train' "
-                            "order by row_id").to_arrow_table()
+        table = con.sql("select row_id, tokens::bigint as length, (times * tokens)::bigint as cost from rows left join counted "
+                        "using (row_id) where split = 'train' order by row_id").to_arrow_table()
     if table["cost"].null_count:
         import pyarrow.compute as pc
 

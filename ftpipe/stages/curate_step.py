@@ -35,7 +35,8 @@ class CurateStepStage(Stage):
         if not self.step.uses_model:
             return {}
         # Not an import statement: the loader's code would enter the keys of steps without a model. Those with one import it themselves.
-        return {"model": import_module("ftpipe.models.loading").identity(self.model, env)}
+        identity = import_module("ftpipe.models.loading").identity(self.model, env)
+        return {"model": {k: v for k, v in identity.items() if k != "model"}}  # the hashes count, not how the model is written
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         if self.step.uses_model and not self.model:
