@@ -75,13 +75,17 @@ class Engine:
     def rebuild(self, trainable: Iterable[str], forget: Iterable[str] = ()) -> None:
         """Train another set of parameters from now on; optimizer state of those that stay, but for `forget`, is kept."""
         state = self.optimizer_state()
-        forgotten = set(forget)
-        values = {n: self.value(n) for n in self.names}
+        wanted, forgotten = set(trainable), set(forget)
+        everything = dict(self.run.model.named_parameters())
+        with gathered(everything.values(), self.run.zero):
+            # Under ZeRO 3 every parameter has to be whole before it can be spread anew: its type or its place may change.
+            values = {n: p.detach().clone() for n, p in everything.items()} if self.run.zero == 3 else {n: self.value(n) for n in self.names}
         self.deepspeed.destroy()
-        wanted = set(trainable)
-        for name, parameter in self.run.model.named_parameters():
+        for name, parameter in everything.items():
+            for attribute in [a for a in vars(parameter) if a.startswith("ds_")]:
+                delattr(parameter, attribute)
             if name in values:
-                parameter.data = values[name].to(parameter.device)
+                parameter.data = values[name]
             if name in wanted and not parameter.requires_grad:
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(name in wanted)

@@ -70,10 +70,11 @@ def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log:
             if not Path(job.tokens).exists():
                 render()
             ranks.wait()
-        finally:
+        except BaseException:
             for child in ranks.children:
                 if said := child.last_lines():
                     log(f"{child.name} printed last:\n{said}")
+            raise
     if not Path(job.result).is_dir():
         raise InfrastructureError("the ranks ended without a result", where=str(work), remedy="run again; if it stays, please report it")
     log(f"ranks ended after {time.monotonic() - began:.1f} s")

@@ -47,14 +47,15 @@ def train(job: Job, report: Reporter) -> None:
         report("ready", steps=len(steps), start=start, packing=packing, trainable=sum(p.numel() for p in run.trainable().values()) if job.zero < 3 else None)
         for step in range(start, len(steps)):
             run.step, (run.epoch, numbers) = step, steps[step]
-            record = _step(run, plan, rows, numbers, job.learning_rate * factor(step), report)
+            record = one_step(run, plan, rows, numbers, job.learning_rate * factor(step), report)
             metrics.append(record)
             if job.checkpoint_every and (step + 1) % job.checkpoint_every == 0 and step + 1 < len(steps):
                 _write_checkpoint(run, Path(job.checkpoints), metrics, report)
         _finish(run, job, rows, steps, metrics, packing, report)
 
 
-def _step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: float, report: Reporter) -> dict[str, Any]:
+def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: float, report: Reporter) -> dict[str, Any]:
+    """Take one optimizer step on the rows of these numbers and return its record (the same on every rank)."""
     began = time.monotonic()
     run.metrics.clear()
     change = run.adapt.before_step(run)

@@ -89,7 +89,6 @@ def process_group(job: Job):
     # DeepSpeed's autotuner imports MLflow (a second), which a rank never uses.
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     os.environ["DS_ACCELERATOR"] = job.device
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import torch
     import torch.distributed as dist
 
@@ -106,19 +105,32 @@ def process_group(job: Job):
                             timeout=datetime.timedelta(seconds=2 * job.heartbeat + 60))
     import deepspeed
     import deepspeed.ops
-    import deepspeed.runtime.engine
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if job.device == "cpu":
         # DeepSpeed would compile a shared-memory operator for inference, with a compiler that may not be there.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
-    # Whether the optimizer is on DeepSpeed's list of tested ones is of no use here, and looking imports torch's compiler (1.5 s).
-    deepspeed.runtime.engine.is_zero_supported_optimizer = lambda optimizer: False
+    _import_muon()
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     try:
         yield
     finally:
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _import_muon() -> None:
+    """Import what ZeRO imports in its first step, with torch.compile left out: its decorators load torch's whole compiler (1.7 s)."""
+    import importlib
+
+    import torch
+
+    compiles = torch.compile
+    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiles
 
 
 def prepare(job: Job, report: Reporter) -> Run:
