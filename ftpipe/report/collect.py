@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftpipe.artifacts import Artifact
 from ftpipe.errors import ArtifactError
-from ftpipe.report.funnel import row_path
+from ftpipe.report.funnel import present_inputs, row_path
 from ftpipe.report.summary import summary
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def rows_of(artifact: Artifact) -> list[Artifact]:
     """The stages that the rows of a training (or of any stage) came through, ingest first."""
     if artifact.has("kept.parquet") or artifact.has("rows.parquet"):
         return row_path(artifact)
-    inputs = artifact.inputs()
+    inputs = present_inputs(artifact)
     wanted = params(artifact).get("rows")
     source = inputs.get(wanted) if isinstance(wanted, str) else None
     source = source or next((a for a in inputs.values() if a.has("kept.parquet") or a.has("rows.parquet")), None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from ftpipe.artifacts import Artifact
+from ftpipe.errors import ArtifactError
 
 DROPPED = "dropped: "
 
@@ -23,15 +25,15 @@ def funnel(artifacts: Iterable[Artifact]) -> list[dict[str, Any]]:
 def row_path(artifact: Artifact) -> list[Artifact]:
     """The artifacts that the rows of `artifact` came through, the oldest first, `artifact` last.
 
-    It follows `meta["rows_from"]`; where rows come from several stages (a mixture), all of them are listed, each once. For a stage that
-    consumes rows without passing them on (training), the rows are those of its first input that passes rows on.
+    It follows `meta["rows_from"]`; where rows come from several stages (a mixture), all of them are listed, each once. What is no longer in the store
+    is left out.
     """
     order: dict[str, Artifact] = {}
 
     def visit(current: Artifact) -> None:
         if current.key in order:
             return
-        inputs = current.inputs()
+        inputs = present_inputs(current)
         for ref in current.meta.get("rows_from", []):
             if ref in inputs:
                 visit(inputs[ref])
@@ -39,6 +41,15 @@ def row_path(artifact: Artifact) -> list[Artifact]:
 
     visit(artifact)
     return list(order.values())
+
+
+def present_inputs(artifact: Artifact) -> dict[str, Artifact]:
+    """The inputs of an artifact that are still in the store, by the name the stage knew them under."""
+    found = {}
+    for ref, entry in artifact.manifest["inputs"].items():
+        with suppress(ArtifactError):
+            found[ref] = artifact.load(entry["key"])
+    return found
 
 
 def balanced(entry: dict[str, Any]) -> bool:

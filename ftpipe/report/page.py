@@ -8,7 +8,7 @@ from typing import Any
 from ftpipe import __version__
 from ftpipe.report.collect import RunData
 from ftpipe.report.sections import audit, comparison, examples, headline, lineage, rows, scores, training
-from ftpipe.report.text import breakable, clean
+from ftpipe.report.text import breakable, brief, whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
@@ -46,6 +46,6 @@ def _environment() -> Any:
     from markupsafe import Markup
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                       finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else clean(value))
-    environment.filters["breakable"] = breakable
+                       finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else brief(value))
+    environment.filters |= {"breakable": breakable, "whole": whole}
     return environment

@@ -17,11 +17,24 @@ def clean(text: Any) -> str:
     return _DIRECTION.sub(lambda m: f"\\u{ord(m.group()):04x}", text)
 
 
+def brief(text: Any, length: int = 300) -> str:
+    """Names, reasons and other text that ought to be short, made so."""
+    text = clean(text if len(str(text)) <= length else str(text)[:length])
+    return text if len(text) < length else text[:length - 1] + "…"
+
+
+def whole(text: Any) -> Any:
+    """Text as markup that is shown in full; for what `clip` has bounded already."""
+    from markupsafe import escape
+
+    return escape(clean(text))
+
+
 def breakable(name: Any) -> Any:
     """A name as markup that may be broken after `/` and `_`."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(clean(name)))))
+    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(brief(name)))))
 
 
 def clip(text: Any, length: int) -> dict[str, Any]:

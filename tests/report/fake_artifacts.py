@@ -309,7 +309,7 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
         if hostile:
             answers["adapter"] = HOSTILE[0] + HOSTILE[2]
         pq.write_table(pa.Table.from_pylist([
-            {"item_id": items[n], "suite": "heldout", "prompt": HOSTILE[1 + n] if hostile else f"What does `zipfile.{VERBS[n]}_{NOUNS[n]}` do?",
+            {"item_id": items[n], "suite": "heldout", "prompt": HOSTILE[2 + n] if hostile else f"What does `zipfile.{VERBS[n]}_{NOUNS[n]}` do?",
              "reference": f"{VERBS[n].title()} the {NOUNS[n]} of an archive.", "system": s, "answer": a} for n in range(4) for s, a in answers.items()]),
             out / "examples.parquet")
         (out / "diagnostics").mkdir()
@@ -317,6 +317,7 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
         gains = [float(np.mean([b - a for a, b, s in zip(losses["adapter"], losses["base"], slices) if s == name])) for name in names]
         pq.write_table(pa.table({"suite": ["heldout_loss"] * len(names), "metric": ["loss"] * len(names), "slice": names, "n": [20] * len(names),
                                  "base": [3.4] * len(names), "adapter": [2.8] * len(names), "difference": gains}), out / "diagnostics" / "slices.parquet")
+        (out / "diagnostics" / "ranks.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script><!-- {"x" * 500} --></svg>')
         write_json(out / "evaluation.json", {"candidate": {"stage": "adapter", "content": run.artifacts["adapter"].content}, "forgetting": ["general_text"],
                                              "systems": {s: {} for s in losses}, "suites": {s: {} for s in suites}, "champion": None, "diagnostics": {}})
 

@@ -94,7 +94,7 @@ def _facts(artifact: Artifact) -> dict[str, str]:
     if notes.get("memory_bytes"):
         facts["peak memory"] = size(notes["memory_bytes"])
     if notes.get("ranks"):
-        facts["ranks"] = f"{notes['ranks']} on {notes.get('device', 'an unknown device')}, ZeRO {notes.get('zero', '–')}"
+        facts |= {"ranks": setting(notes["ranks"]), "device": setting(notes.get("device")), "ZeRO stage": setting(notes.get("zero"))}
     if seconds(artifact) is not None:
         facts["time"] = duration(seconds(artifact))
     return facts
