@@ -42,6 +42,7 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
         with get_client(sync_client=True) as client:
+            _forget_missed_runs(client, id)
             client.resume_deployment(id)  # stopping the last `ftpipe serve` paused it
         ui = os.environ.get("PREFECT_UI_URL") or url.removesuffix("/api")
         print(f"{pipeline.name} is served {_words(wanted)}; ctrl-C pauses it\n{ui}/deployments/deployment/{id}", flush=True)
@@ -67,6 +68,17 @@ def _runner(name: str, limit: int) -> Any:
             signal.raise_signal(signal.SIGINT)
 
     return InterruptibleRunner(name=name, limit=limit, pause_on_shutdown=True)
+
+
+def _forget_missed_runs(client: Any, deployment: Any) -> None:
+    """Remove runs that an earlier schedule left: those missed while nobody served, and those of another cron expression. The server plans anew."""
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+
+    while left := [r for r in client.read_flow_runs(deployment_filter=DeploymentFilter(id={"any_": [deployment]}), limit=200,
+                                                    flow_run_filter=FlowRunFilter(state={"type": {"any_": [StateType.SCHEDULED]}})) if r.auto_scheduled]:
+        for run in left:
+            client.delete_flow_run(run.id)
 
 
 def _words(wanted: Any) -> str:

@@ -94,37 +94,41 @@ class Flaky(Stage):
 
 
 RANK = """
-import os, signal, sys, threading
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.stdin.buffer.read()  # ends when whoever holds the other end is gone
-os._exit(1)
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+if sys.argv[1] == "hold":
+    from ftpipe.train.lifeline import hold
+    hold()
+while True:
+    time.sleep(1)
 """
 
 
 class Ranks(Stage):
-    """Starts children that ignore SIGTERM, each in a session of its own, as a launcher does, under ftpipe's supervisor, and waits for them."""
+    """Starts children that ignore SIGTERM and SIGINT under the supervisor of training ranks, and waits for them.
+
+    Two things end them: the supervisor's `finally`, and, where none runs, their tie to the parent. `tied: false` takes the second away,
+    so that only a flow that unwinds properly ends them.
+    """
 
     method_name: ClassVar[str] = "ranks"
     number: int = 2
-    with_eof: bool = True
+    tied: bool = True
 
     def run(self, ctx: StageContext) -> None:
-        code = RANK if self.with_eof else RANK.replace("sys.stdin.buffer.read()", "threading.Event().wait()")
-        ranks = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True) for _ in range(self.number)]
+        from ftpipe.train.supervise import supervised
+
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        commands = {f"rank {r}": ([sys.executable, "-c", RANK, "hold" if self.tied else "loose"], env) for r in range(self.number)}
         try:
-            time.sleep(0.5)
-            pids = {"ranks": [r.pid for r in ranks], "flow": os.getpid(), "parent": os.getppid()}
-            write_atomic(ctx.env.workspace / "ranks.json", json.dumps(pids))
-            ctx.log.info("%d ranks are up", len(ranks))
-            while all(r.poll() is None for r in ranks):
-                time.sleep(0.1)
-            raise TrainingError("a rank ended")
+            with supervised(commands, folder=ctx.work / "ranks", record=ctx.work / "record.json", timeout=600, hear=lambda child, event: None) as ranks:
+                time.sleep(1)
+                pids = {"ranks": [c.process.pid for c in ranks.children], "flow": os.getpid(), "parent": os.getppid()}
+                write_atomic(ctx.env.workspace / "ranks.json", json.dumps(pids))
+                ctx.log.info("%d ranks are up", self.number)
+                ranks.wait()
         finally:
-            time.sleep(0.5)  # what a supervisor that asks politely first would take
-            for r in ranks:
-                r.kill()
-                r.wait()
             (ctx.env.workspace / "unwound").touch()
 
 

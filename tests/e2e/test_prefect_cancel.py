@@ -53,8 +53,8 @@ def ended(found: dict, *, flow: bool = True) -> float:
 @pytest.mark.parametrize("way", ["cancel in the UI", "kill -9 of the flow", "kill -9 of serve", "SIGTERM to serve", "ctrl-C on serve"])
 def test_stopping_a_served_run(way, server, kinds, tmp_path, record_property):
     api, home = server
-    # Without the ranks' own last defence, only a flow that unwinds ends them; a flow killed with -9 cannot unwind.
-    config = ranks_pipeline(tmp_path, slug(way), with_eof=way == "kill -9 of the flow")
+    # Without the ranks' own tie to the flow, only a flow that unwinds ends them; a flow killed with -9 cannot unwind.
+    config = ranks_pipeline(tmp_path, slug(way), tied=way == "kill -9 of the flow")
     workspace = tmp_path / "work"
     with serving(config, api, environment(home, kinds)) as (serve, deployment):
         run, found = started(api, deployment, workspace)
@@ -93,7 +93,7 @@ def test_stopping_a_served_run(way, server, kinds, tmp_path, record_property):
 def test_stopping_ftpipe_run_with_its_own_server(way, kinds, tmp_path):
     home = tmp_path / "prefect"
     home.mkdir()
-    config, workspace = ranks_pipeline(tmp_path, "alone", with_eof=way == "kill -9"), tmp_path / "work"
+    config, workspace = ranks_pipeline(tmp_path, "alone", tied=way == "kill -9"), tmp_path / "work"
     with ftpipe(["run", str(config)], environment(home, kinds), tmp_path / "run.log") as process:
         found, seconds = wait_for(lambda: process.poll() is not None or pids(workspace), 120, what="the start of the ranks")
         assert process.poll() is None, (tmp_path / "run.log").read_text()

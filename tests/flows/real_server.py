@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,7 @@ def ftpipe(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[sub
 @contextmanager
 def serving(config: Path, api: Api, env: dict[str, str], *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """`ftpipe serve` and the id of its deployment, once it polls for runs."""
-    log = config.parent / "serve.log"
+    log = config.parent / f"serve-{time.monotonic_ns()}.log"
     with ftpipe(["serve", str(config), *arguments], env | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}, log) as process:
         found, _ = wait_for(lambda: process.poll() is not None or api.deployment(config.stem), 90, what="the deployment")
         assert process.poll() is None, log.read_text()
