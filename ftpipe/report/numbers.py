@@ -64,6 +64,8 @@ def seconds(value: float | None) -> str:
     """A duration: `0.4 s`, `38 s`, `3 min 20 s`, `2 h 05 min`."""
     if _absent(value):
         return NONE
+    if 0 < value < 0.05:
+        return f"<{NARROW}0.1{NARROW}s"
     if value < 10:
         return f"{value:.1f}{NARROW}s"
     whole = round(value)

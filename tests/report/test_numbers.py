@@ -134,6 +134,7 @@ def test_dag_puts_inputs_above_and_leaves_out_what_is_implied():
         assert all(placed["boxes"][i][1] < placed["boxes"][name][1] for i in inputs)
     assert len(placed["lines"]) == 5, "a-b, a-c, b-d, c-d, d-e"
     assert placed["height"] == 3 * LAYER + TALL + 2
+    assert len(layout(edges, frozenset({("a", "d"), ("x", "y")}))["lines"]) == 6
 
 
 def test_dag_boxes_do_not_overlap_and_fit(run):

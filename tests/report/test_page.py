@@ -138,6 +138,7 @@ def test_says_when_no_difference_can_be_claimed(run, page):
     by = {(c["suite"], c["b"]): c for c in run.artifacts["evaluate"].json("comparisons.json") if c["a"] == "adapter"}
     assert by["heldout_loss", "random"]["low"] < 0 < by["heldout_loss", "random"]["high"], "the made-up control must be indistinguishable"
     assert "Against an adapter trained on randomly chosen rows of equal budget, no difference can be claimed" in text_of(page)
+    assert "the luck of a seed, or of one random draw of rows, comes on top" in text_of(page)
 
 
 def test_a_refused_candidate_is_refused_in_words(tmp_path):

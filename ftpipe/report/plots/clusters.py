@@ -20,6 +20,7 @@ def scatter(x: Any, y: Any, cluster: Any, sampled: Any, name: str, label: str) -
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
+    size = 1.0 if len(x) > 500 else 1.6
     span = np.ptp(x) or 1.0, np.ptp(y) or 1.0
 
     def height(width: int) -> int:
@@ -40,6 +41,6 @@ def scatter(x: Any, y: Any, cluster: Any, sampled: Any, name: str, label: str) -
                 path = Path(points, codes)
                 path.should_simplify = False  # it would take strokes of no length away
                 axes.add_patch(PathPatch(path, fill=False, edgecolor=COLOUR[f"c{hue}"], capstyle="round",
-                                         linewidth=4.2 if picked else 2.6, alpha=1 if picked else 0.28))
+                                         linewidth=size * (4.2 if picked else 2.6), alpha=1 if picked else 0.28))
 
     return both(paint, height, name, label)

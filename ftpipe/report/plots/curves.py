@@ -19,7 +19,7 @@ def losses(curves: list[dict[str, Any]], name: str, label: str) -> Markup:
     """
 
     def paint(figure: Any, width: int) -> None:
-        axes = place(figure, width, HEIGHT, left=44, right=12, bottom=44)
+        axes = place(figure, width, HEIGHT, left=44, right=24, bottom=44)
         for c in curves:
             axes.plot(c["x"], c["y"], color=COLOUR[c["colour"]], linewidth=0.8, alpha=0.35)
         for c in curves:

@@ -23,18 +23,19 @@ class _Node:
     x: float = 0.0
 
 
-def layout(edges: dict[str, list[str]]) -> dict[str, Any]:
+def layout(edges: dict[str, list[str]], always: frozenset[tuple[str, str]] = frozenset()) -> dict[str, Any]:
     """Where to draw boxes and lines.
 
     Args:
         edges: for each node its inputs; every input is a node, and there are no circles.
+        always: (input, node) pairs whose line is drawn even if a longer way implies it.
 
     Returns:
         width and height in pixels; boxes {name: (x, y)}, the upper left corners; lines: SVG path data for every edge that others do not imply.
     """
     if not edges:
         return {"width": 0, "height": 0, "boxes": {}, "lines": []}
-    reduced = _reduce(edges)
+    reduced = _reduce(edges, always)
     layer: dict[str, int] = {}
     for name in _order(edges):
         layer[name] = 1 + max((layer[i] for i in reduced[name]), default=-1)
@@ -51,12 +52,13 @@ def _order(edges: dict[str, list[str]]) -> list[str]:
     return list(TopologicalSorter(edges).static_order())
 
 
-def _reduce(edges: dict[str, list[str]]) -> dict[str, list[str]]:
+def _reduce(edges: dict[str, list[str]], always: frozenset[tuple[str, str]]) -> dict[str, list[str]]:
     """The edges without those that a longer way implies."""
     reach: dict[str, set[str]] = {}
     for name in _order(edges):
         reach[name] = set(edges[name]).union(*(reach[i] for i in edges[name]))
-    return {name: [i for i in dict.fromkeys(inputs) if not any(i in reach[o] for o in inputs if o != i)] for name, inputs in edges.items()}
+    return {name: [i for i in dict.fromkeys(inputs) if (i, name) in always or not any(i in reach[o] for o in inputs if o != i)]
+            for name, inputs in edges.items()}
 
 
 def _chain(nodes: dict[str, _Node], source: str, target: str) -> list[str]:

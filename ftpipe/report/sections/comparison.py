@@ -9,6 +9,7 @@ from ftpipe.report.collect import RunData, table
 from ftpipe.report.numbers import count, digits_for, interval, number, percent, setting
 from ftpipe.report.plots.forest import forest
 from ftpipe.report.summary import ADAPTER, BASE, CHAMPION, row_digits, unit
+from ftpipe.report.text import brief
 
 TONE = {"better": "good", "worse": "bad"}
 SLICES = "diagnostics/slices.parquet"
@@ -51,16 +52,12 @@ def _forests(rows: list[dict[str, Any]], run: RunData) -> list[Any]:
     """One plot for each metric, so that an axis never mixes units."""
     plots = []
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        entries = [{"label": _clip(f"{row['suite']}: against {role_name(other, run)}"), "difference": c["difference"], "low": c["low"], "high": c["high"],
+        entries = [{"label": brief(f"{row['suite']}: against {role_name(other, run)}", 44), "difference": c["difference"], "low": c["low"], "high": c["high"],
                     "colour": {"better": "good", "worse": "bad"}.get(c["words"], "muted")}
                    for row in rows if row["metric"] == metric for other, c in row["against"].items()]
         if entries:
             plots.append(forest(entries, f"forest{len(plots)}", f"Differences in {metric} with their intervals", f"better by ({unit(metric) or metric})"))
     return plots
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 44 else text[:43] + "…"
 
 
 def _rule(rule: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def _groups(run: RunData) -> list[dict[str, Any]]:
 def _group_line(line: dict[str, Any], least: float, span: float) -> dict[str, Any]:
     """A bar from zero, in per cent of the width."""
     value = line["difference"]
-    return {"slice": line["slice"] or "(none)", "n": count(line["n"]), "value": number(value, 2, sign=True), "up": value >= 0,
+    return {"slice": brief(line["slice"] or "(none)", 60), "n": count(line["n"]), "value": number(value, 2, sign=True), "up": value >= 0,
             "left": f"{100 * (min(value, 0.0) - least) / span:.1f}", "width": f"{100 * abs(value) / span:.1f}"}
 
 

@@ -25,10 +25,11 @@ def build(run: RunData) -> dict[str, Any] | None:
         return None
     shown = list(items.values())[:ITEMS]
     order = systems([{"means": dict.fromkeys(name for item in shown for name in item["answers"])}])
-    return {"items": [_item(i, order, run) for i in shown], "left_out": len(items) - len(shown)}
+    several = len({item["suite"] for item in items.values()}) > 1
+    return {"items": [_item(i, order, run, several) for i in shown], "left_out": len(items) - len(shown)}
 
 
-def _item(item: dict[str, Any], order: list[str], run: RunData) -> dict[str, Any]:
+def _item(item: dict[str, Any], order: list[str], run: RunData, several: bool) -> dict[str, Any]:
     answers = [{"system": role_name(s, run), "adapter": s == "adapter", "text": clip(item["answers"][s], LENGTH)} for s in order if s in item["answers"]]
-    return {"item_id": item["item_id"], "suite": item["suite"], "prompt": clip(item["prompt"], LENGTH),
+    return {"item_id": item["item_id"], "suite": item["suite"] if several else "", "prompt": clip(item["prompt"], LENGTH),
             "reference": clip(item["reference"], LENGTH) if item["reference"] else None, "answers": answers}

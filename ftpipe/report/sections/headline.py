@@ -81,8 +81,8 @@ def _control(other: str, c: dict[str, Any]) -> str:
     if "random" in other.lower():
         name = "an adapter trained on randomly chosen rows of equal budget"
     if c["words"] == "no difference can be claimed":
-        return f"Against {name}, no difference can be claimed: the choice of rows did not measurably help here."
-    return f"It is {c['words']} than {name}: the choice of rows {'helped' if c['words'] == 'better' else 'did harm'}."
+        return f"Against {name}, no difference can be claimed: choosing the rows made no measurable difference here."
+    return f"It is {c['words']} than {name}: choosing the rows {'helped' if c['words'] == 'better' else 'did harm'} in this run."
 
 
 def _allowed(verdict: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def _dag(run: RunData) -> dict[str, Any]:
     read = {g: [_group(e["name"]) for a in members for e in a.manifest["inputs"].values()] for g, members in groups.items()}
     edges = {g: [i for i in dict.fromkeys(inputs) if i in groups and i != g] for g, inputs in read.items()}
     try:
-        placed = layout(edges)
+        placed = layout(edges, frozenset((_group(ref), g) for g, members in groups.items() for a in members for ref in a.meta.get("rows_from", [])))
     except ValueError:  # steps of two chains that feed each other: a group would be above and below itself
         groups = {a.name: [a] for a in run.artifacts}
         placed = layout({a.name: [e["name"] for e in a.manifest["inputs"].values() if e["name"] in groups] for a in run.artifacts})

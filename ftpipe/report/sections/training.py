@@ -52,10 +52,10 @@ def _curve(name: str, artifact: Artifact, colour: str) -> dict[str, Any] | None:
 
 
 def _running_mean(values: Any) -> Any:
-    """Mean over a centred window of a twelfth of the run, shorter at the ends."""
+    """Mean over a centred window of a twelfth of the run, shorter at the ends; a run of less than 24 steps stays as it is."""
     import numpy as np
 
-    half = max(len(values) // 24, 1)
+    half = len(values) // 24
     finite = np.isfinite(values)
     sums, counts = np.cumsum(np.r_[0.0, np.where(finite, values, 0)]), np.cumsum(np.r_[0, finite])
     at = np.arange(len(values))
