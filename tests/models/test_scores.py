@@ -121,6 +121,22 @@ def test_a_damaged_shard_is_removed_with_a_warning_and_its_rows_scored_again(tmp
     assert notes["scored"] == 0
 
 
+def test_no_flipped_byte_of_the_data_goes_unseen(tmp_path, tiny_model):
+    table, _ = score(tmp_path, some_rows(12), tiny_model)
+    shard, = shards(tmp_path)
+    data, contents = shard.read_bytes(), table["content_id"].to_pylist()
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    cache = scores.Cache(shard.parent)
+    truth = {c: (e.nll, e.embedding.tobytes()) for c, e in cache.read(contents, ("loss", "embedding")).items()}
+    unseen = []
+    for at in range(4, len(data) - footer, 7):
+        shard.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1:])
+        found = {c: (e.nll, e.embedding.tobytes()) for c, e in cache.read(contents, ("loss", "embedding")).items()}
+        if shard.exists() and found != truth:
+            unseen.append(at)
+    assert not unseen, f"{len(unseen)} flips changed what was read"
+
+
 def test_an_interrupted_run_keeps_what_it_had(tmp_path, tiny_model, monkeypatch):
     from ftpipe.models.service import ModelService
 
