@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 
 VERBS = ("init", "run", "plan", "stage", "serve", "status", "log", "why", "trace", "methods", "schema", "registry")
 """The verbs in the order in which `--help` lists them."""
@@ -15,6 +16,9 @@ def main() -> None:
     from ftpipe.cli._app import app
     from ftpipe.errors import ConfigError, FtpipeError
 
+    # What libraries will do in their next version is no news to somebody who uses the versions of the lock.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|deepspeed|torch)\b")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is drawn by the command line itself
     for verb in VERBS:
         importlib.import_module(f"ftpipe.cli.{verb}")
     try:

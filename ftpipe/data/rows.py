@@ -103,7 +103,7 @@ class RowSet:
         with self.view() as con:
             where = "" if split is None else "where split = $split"
             parameters = {} if split is None else {"split": split}
-            return con.execute(f"select {chosen} from rows {where} order by position", parameters).to_arrow_table()
+            return con.sql(f"select {chosen} from rows {where} order by position", params=parameters).to_arrow_table()
 
     def ids(self, split: str | None = TRAIN) -> list[str]:
         """The row ids of a split in order."""

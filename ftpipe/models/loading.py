@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,9 +95,8 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    quiet_libraries()
     where = folder(model, env)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
@@ -111,6 +111,14 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
     loaded.config.use_cache = False
     loaded = loaded.to(device or default_device()).eval()
     return quantize.quantize(loaded) if quantize else loaded
+
+
+def quiet_libraries() -> None:
+    """No progress bars for the reading of weights, and no guess of DeepSpeed's (which PEFT imports where it is installed) about the device."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", default_device())
 
 
 def default_device() -> str:

@@ -60,10 +60,10 @@ def trace(workspace: Path, adapter: str) -> dict[str, Any]:
     artifact = _adapter(Store(workspace), adapter)
     rows = [str(a.file("rows.parquet")) for a in artifact.ancestors() if a.has("rows.parquet")]
     with connect() as con:
-        listed = _dicts(con.execute(
+        listed = _dicts(con.sql(
             f"select s.row_id, s.times::bigint as times, r.source, r.line, r.\"group\", {_TEXT} as text from read_parquet($seen) s "
             "join read_parquet($rows, union_by_name = true) r using (row_id) order by s.times desc, s.row_id",
-            {"seen": str(artifact.file("seen.parquet")), "rows": rows}))
+            params={"seen": str(artifact.file("seen.parquet")), "rows": rows}))
     return {"stage": artifact.name, "key": artifact.key, "rows": listed}
 
 
@@ -75,20 +75,20 @@ def _rows(con, artifacts: list[Artifact], prefix: str) -> list[dict[str, Any]]:
         if artifacts:
             raise ConfigError(f"{prefix!r} is too short for a row id", remedy="give at least 8 digits")
         return []
-    return _dicts(con.execute(
+    return _dicts(con.sql(
         f"select row_id, source, line, split, \"group\", {_TEXT} as text from read_parquet($files, union_by_name = true) r "
         "where row_id = $row or starts_with(row_id, $row) order by row_id limit 20",
-        {"files": [str(a.file("rows.parquet")) for a in artifacts], "row": prefix}))
+        params={"files": [str(a.file("rows.parquet")) for a in artifacts], "row": prefix}))
 
 
 def _where(con, path: Path, row_id: str) -> list[dict[str, Any]]:
-    return _dicts(con.execute("select * from read_parquet($file) where row_id = $row", {"file": str(path), "row": row_id}))
+    return _dicts(con.sql("select * from read_parquet($file) where row_id = $row", params={"file": str(path), "row": row_id}))
 
 
 def _quarantined(con, pipeline: str, artifact: Artifact, prefix: str) -> list[dict[str, Any]]:
     """A row that could not be read has a decision and a place in quarantine, but no text of its own."""
-    decisions = _dicts(con.execute("select * from read_parquet($file) where starts_with(row_id, $row) limit 20",
-                                   {"file": str(artifact.file(DECISIONS)), "row": prefix}))
+    decisions = _dicts(con.sql("select * from read_parquet($file) where starts_with(row_id, $row) limit 20",
+                               params={"file": str(artifact.file(DECISIONS)), "row": prefix}))
     return [{"pipeline": pipeline, "row_id": d["row_id"], "source": artifact.name, "line": 0, "split": "none", "group": "", "text": "(could not be read)",
              "decisions": [d], "seen": []} for d in decisions]
 
