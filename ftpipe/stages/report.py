@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ftpipe.errors import ConfigError
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 
 PAGE = "report.html"
@@ -31,6 +32,17 @@ class Report(Stage):
         from ftpipe.report.page import templates_digest
 
         return {"templates": templates_digest(), "pipeline": env.pipeline}
+
+    def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
+        if not self.refs():
+            raise ConfigError("the report is about nothing", remedy="name at least one of evaluation, verdict, registration and adapter")
+        for field, wanted in (("evaluation", "evaluation"), ("verdict", "verdict"), ("registration", "version"), ("adapter", "adapter"), ("controls", "adapter")):
+            named = getattr(self, field)
+            for name in named if isinstance(named, list) else [named] if named else []:
+                made = pipeline[name].produces
+                if made != wanted:
+                    raise ConfigError(f"`{field}` names {name}, which makes {made or 'something else'}",
+                                      remedy=f"name a stage that makes: {wanted}")
 
     def run(self, ctx: StageContext) -> None:
         from ftpipe.report.collect import RunData

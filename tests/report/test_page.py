@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ftpipe.errors import ConfigError
 from ftpipe.pipeline.store import Store
 from ftpipe.report.collect import RunData
 from ftpipe.report.page import SECTIONS, render
@@ -239,7 +240,8 @@ def test_the_stage_writes_the_same_bytes_in_another_process(run, tmp_path):
     stage = Report(**inputs_of(run))
     assert stage.refs() == ["evaluate", "gate", "register", "adapter", "random_adapter"]
     stage.run(context(run, tmp_path / "a", stage))
-    code = ("import sys; from pathlib import Path; from ftpipe.pipeline.store import Store; from tests.report.fake_artifacts import FakeRun, inputs_of\n"
+    code = ("import sys; from pathlib import Path; from ftpipe.errors import ConfigError
+from ftpipe.pipeline.store import Store; from tests.report.fake_artifacts import FakeRun, inputs_of\n"
             "from tests.report.test_page import Report, context\n"
             "run = FakeRun(Path(sys.argv[1])); run.artifacts = {a.name: a for a in Store(run.workspace).all()}\n"
             "stage = Report(**inputs_of(run)); stage.run(context(run, Path(sys.argv[2]), stage))")
@@ -258,6 +260,14 @@ def test_a_changed_template_changes_the_key(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TEMPLATES", copy)
     after = Report().externals(env)
     assert {k for k in before["templates"] if before["templates"][k] != after["templates"][k]} == {"style.css"}
+
+
+def test_refuses_to_be_about_nothing_or_about_the_wrong_stage(tmp_path):
+    env = Environment(tmp_path, tmp_path, "quickstart")
+    with pytest.raises(ConfigError, match="about nothing"):
+        Report().check(env, {})
+    with pytest.raises(ConfigError, match="`verdict` names other, which makes report"):
+        Report(verdict="other").check(env, {"other": Report()})
 
 
 def test_is_quick(run, page):
