@@ -87,7 +87,7 @@ def check_packing(model: Any, batch: Batch, singles: Sequence[Batch], dtype: str
     worst = float(leak.max()) if leak.numel() else 0.0
     apart = float((packed - torch.cat(alone)).abs().mean()) if packed.numel() else 0.0
     if not (worst <= LEAK and apart <= ALONE[dtype]):
-        why = f"changing one moves another by {worst:.3g} nats" if not worst <= LEAK else f"a token's loss differs by {apart:.3g} nats from that of its row alone"
+        why = f"changing one moves another by {worst:.3g} nats" if not worst <= LEAK else f"their losses differ by {apart:.3g} nats from those alone"
         raise TrainingError(f"rows of one sequence see each other: {why}", where=f"rows {', '.join(batch.row_ids[:3])}",
                             remedy="set packing: false; this model cannot keep rows of one sequence apart")
     return apart

@@ -45,8 +45,9 @@ def examples(n: int = 24, seed: int = 0) -> list[Example]:
 
 
 def job(rendezvous: Path, world: int = 1, dtype: str = "float32") -> Job:
-    return Job(model="", identity={}, workspace="", base="", pipeline="", seed=0, dtype=dtype, zero=0, world=world, threads=1, device="cpu", heartbeat=60, parts={},
-               learning_rate=0, warmup=0, clip=0, stop={}, plan={}, tokens="", checkpoints="", checkpoint_every=0, result="", rendezvous=str(rendezvous))
+    return Job(model="", identity={}, workspace="", base="", pipeline="", seed=0, dtype=dtype, zero=0, world=world, threads=1, device="cpu", heartbeat=60,
+               parts={}, learning_rate=0,
+               warmup=0, clip=0, stop={}, plan={}, tokens="", checkpoints="", checkpoint_every=0, result="", rendezvous=str(rendezvous))
 
 
 def group(folder: Path, world: int = 1):

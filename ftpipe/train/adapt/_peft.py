@@ -58,8 +58,9 @@ class PeftAdapt(Adapt):
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        # Buffers of a tuner (fixed projections, index sets) belong to the adapter as much as what was trained.
-        whole = {n: b.detach().cpu() for n, b in model.named_buffers()} | dict(state)
+        names = {id(p): n for n, p in model.named_parameters()}
+        # Every entry PEFT may ask for (shared parameters under each of their names, fixed buffers), with the trained values in place.
+        whole = {k: state.get(names.get(id(v), ""), v.detach()) for k, v in model.state_dict(keep_vars=True).items()}
         chosen = get_peft_model_state_dict(model, state_dict=whole, adapter_name="default", save_embedding_layers=False)
         if not chosen:
             raise ArtifactError(f"PEFT found nothing to save for {self.name()}", where=str(folder))
@@ -70,19 +71,18 @@ class PeftAdapt(Adapt):
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         from peft import PeftConfig, PeftModel
-        from peft.utils import set_peft_model_state_dict
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         config.init_lora_weights = getattr(config, "init_lora_weights", None) if config.peft_type != "LORA" else True
         loaded = PeftModel(model, config, autocast_adapter_dtype=False)
-        found = set_peft_model_state_dict(loaded, load_file(folder / WEIGHTS))
-        if found.unexpected_keys:
-            raise ArtifactError(f"the adapter has tensors that {self.name()} does not know: {', '.join(found.unexpected_keys[:3])}", where=str(folder))
-        missing = [k for k in found.missing_keys if loaded.base_model.prefix in k]
-        if missing:
-            raise ArtifactError(f"the adapter lacks {len(missing)} tensors, the first is {missing[0]}", where=str(folder))
+        tensors = load_file(folder / WEIGHTS)
+        expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+        if different := sorted(expected ^ set(tensors)):
+            raise ArtifactError(f"the adapter and {self.name()} disagree on {len(different)} tensors, the first is {different[0]}", where=str(folder))
+        set_peft_model_state_dict(loaded, tensors)
         return loaded.eval()
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -20,14 +20,18 @@ from pydantic import Field, create_model
 from ftpipe.errors import ConfigError
 from ftpipe.slots import Method
 from ftpipe.train.adapt._peft import PeftAdapt
+from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
 
 SET_BY_US = {"inference_mode", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "runtime_config"}
 NOT_ALONE = {"lora": "has a file of its own", "xlora": "mixes trained adapters", "mixed": "mixes trained adapters", "poly": "asks for task ids",
              "adalora": "needs the gradients of each step", "multitask_prompt_tuning": "asks for task ids", "trainable_tokens": "asks for token ids",
              "cartridge": "needs a cache made by another model"}
+OWN_TARGETS = {"ia3", "ln_tuning", "adaption_prompt", "shadow"}
+"""Tuners that do something else than adapt linear layers, so that `all-linear` is no stand-in for the layers they need."""
 TYPES = {n: getattr(typing, n) for n in ("Any", "Literal", "Optional", "Union")}
 
 
@@ -40,13 +44,19 @@ class PeftTuner(PeftAdapt):
     def config(self) -> PeftConfig:
         import peft
 
-        given = {n: getattr(self, n) for n in type(self).model_fields}
-        if "target_modules" in given and given["target_modules"] is None:
-            given["target_modules"] = "all-linear"
         try:
-            return getattr(peft, self.config_class)(**given, task_type="CAUSAL_LM")
+            return getattr(peft, self.config_class)(**{n: getattr(self, n) for n in type(self).model_fields}, task_type="CAUSAL_LM")
         except (ValueError, TypeError) as error:
             raise ConfigError(f"PEFT refuses these settings of {self.name()}: {error}") from error
+
+    def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        """As PEFT does it; where it knows no target modules for an architecture and none are set, all linear layers."""
+        try:
+            return super().prepare(model, run)
+        except ConfigError as error:
+            if "target_modules" not in error.what or getattr(self, "target_modules", "") is not None or self.name() in OWN_TARGETS:
+                raise
+            return self.model_copy(update={"target_modules": "all-linear"}).prepare(model, run)
 
 
 @lru_cache
@@ -103,6 +113,7 @@ def _field(node: ast.AnnAssign) -> tuple[Any, Any] | None:
         except (ValueError, KeyError, TypeError, SyntaxError):
             text = ""
     try:
-        return annotation, Field(default=ast.literal_eval(default) if default is not None else None, description=text or "See PEFT's documentation.")
+        value = ast.literal_eval(default) if default is not None else None
+        return (annotation if value is not None else annotation | None), Field(default=value, description=text or "See PEFT's documentation.")
     except (ValueError, TypeError, SyntaxError):
         return None
