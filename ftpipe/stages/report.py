@@ -36,7 +36,8 @@ class Report(Stage):
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         if not self.refs():
             raise ConfigError("the report is about nothing", remedy="name at least one of evaluation, verdict, registration and adapter")
-        for field, wanted in (("evaluation", "evaluation"), ("verdict", "verdict"), ("registration", "version"), ("adapter", "adapter"), ("controls", "adapter")):
+        makes = {"evaluation": "evaluation", "verdict": "verdict", "registration": "version", "adapter": "adapter", "controls": "adapter"}
+        for field, wanted in makes.items():
             named = getattr(self, field)
             for name in named if isinstance(named, list) else [named] if named else []:
                 made = pipeline[name].produces

@@ -240,8 +240,7 @@ def test_the_stage_writes_the_same_bytes_in_another_process(run, tmp_path):
     stage = Report(**inputs_of(run))
     assert stage.refs() == ["evaluate", "gate", "register", "adapter", "random_adapter"]
     stage.run(context(run, tmp_path / "a", stage))
-    code = ("import sys; from pathlib import Path; from ftpipe.errors import ConfigError
-from ftpipe.pipeline.store import Store; from tests.report.fake_artifacts import FakeRun, inputs_of\n"
+    code = ("import sys; from pathlib import Path; from ftpipe.pipeline.store import Store; from tests.report.fake_artifacts import FakeRun, inputs_of\n"
             "from tests.report.test_page import Report, context\n"
             "run = FakeRun(Path(sys.argv[1])); run.artifacts = {a.name: a for a in Store(run.workspace).all()}\n"
             "stage = Report(**inputs_of(run)); stage.run(context(run, Path(sys.argv[2]), stage))")
