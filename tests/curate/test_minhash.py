@@ -145,7 +145,8 @@ def first_maximal_independent_set(n: int, pairs: set[tuple[int, int]]) -> set[in
     return kept
 
 
-def test_search_is_the_greedy_choice_on_the_graph_of_near_pairs(tmp_path):
+@pytest.mark.parametrize("in_memory", [0, 10**6])
+def test_search_is_the_greedy_choice_on_the_graph_of_near_pairs(tmp_path, in_memory):
     """With every pair a candidate, the rounds come to what a plain loop over rows in order comes to, and drop the same rows."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -158,7 +159,7 @@ def test_search_is_the_greedy_choice_on_the_graph_of_near_pairs(tmp_path):
         index = _bands.Index(folder, n, ngram=5, unit="words", bands=1, size=1)
         index.sizes[:] = sizes
         index.keys[:] = 7  # one bucket of all rows
-        search = _greedy.Search(index, shingles, 0.4, leaders=n, scratch=folder)
+        search = _greedy.Search(index, shingles, 0.4, leaders=n, scratch=folder, in_memory=in_memory)
         dropped, keeper, similarity = search.run()
         near = {(i, k) for i, k in itertools.combinations(range(n), 2) if jaccard(frozenset(members[i].tolist()), frozenset(members[k].tolist())) >= 0.4}
         kept = first_maximal_independent_set(n, near)
@@ -168,15 +169,32 @@ def test_search_is_the_greedy_choice_on_the_graph_of_near_pairs(tmp_path):
         assert search.compared < n * (n - 1) / 2
 
 
-def test_bucket_of_false_candidates_is_given_up(tmp_path):
+@pytest.mark.parametrize("in_memory", [0, 10**6])
+def test_bucket_of_false_candidates_is_given_up(tmp_path, in_memory):
     n = 3000
     sizes = np.full(n, 4)
     shingles = Sets(np.arange(4 * n, dtype=np.uint64), np.arange(n) * 4, sizes)
     index = _bands.Index(tmp_path, n, ngram=5, unit="words", bands=1, size=1)
     index.sizes[:], index.keys[:] = sizes, 1
-    search = _greedy.Search(index, shingles, 0.8, leaders=5, scratch=tmp_path)
+    search = _greedy.Search(index, shingles, 0.8, leaders=5, scratch=tmp_path, in_memory=in_memory)
     assert not len(search.run()[0])
     assert search.compared <= 5 * n and search.given_up > 0 and search.largest == [(0, n)]
+
+
+def test_tables_and_arrays_come_to_the_same(tmp_path):
+    """Many buckets and few leaders: rounds in DuckDB, on arrays, and a change from one to the other midway."""
+    rng = np.random.default_rng(4)
+    n, bands = 150, 5
+    members = [np.unique(rng.choice(30, size=rng.integers(3, 9))).astype(np.uint64) for _ in range(n)]
+    sizes = np.array([len(m) for m in members])
+    index = _bands.Index(tmp_path, n, ngram=5, unit="words", bands=bands, size=1)
+    index.sizes[:], index.keys[:] = sizes, rng.integers(0, 12, (bands, n)) + 100 * np.arange(bands)[:, None]
+    results = []
+    for in_memory in (0, 250, 10**6):
+        search = _greedy.Search(index, Sets(np.concatenate(members), np.cumsum(sizes) - sizes, sizes), 0.3, leaders=3, scratch=tmp_path, in_memory=in_memory)
+        results.append([a.tolist() for a in search.run()] + [search.compared, search.rounds, search.given_up, search.largest])
+    assert results[0] == results[1] == results[2]
+    assert len(results[0][0]) > 20 and results[0][-2] > 0
 
 
 def test_the_best_row_of_a_group_stays(tmp_path):

@@ -67,7 +67,7 @@ class Minhash(Dedup):
                 shingles = index.fill(texts.to_arrow_reader(BATCH))
                 ids = con.sql("select row_id from ranked order by rank").to_arrow_table()["row_id"]
             signed = time.monotonic()
-            search = _greedy.Search(index, shingles, self.threshold, self.leaders, Path(scratch), lambda share: ctx.progress(share, 1.0, "decided"))
+            search = _greedy.Search(index, shingles, self.threshold, self.leaders, Path(scratch), progress=lambda share: ctx.progress(share, 1.0, "decided"))
             dropped, keepers, similarity = search.run()
             done = time.monotonic()
         ctx.notes |= {"seconds_signatures": round(signed - began, 3), "seconds_search": round(done - signed, 3),

@@ -31,7 +31,7 @@ class Filter(CurateStep):
 
     def apply(self, rows: RowSet, ctx: StepContext) -> None:
         verdicts = self.judge(rows, ctx)
-        expected = rows.count()
+        expected = rows.table(columns=["row_id"]).num_rows
         if verdicts.num_rows != expected or verdicts["kept"].null_count:
             raise self.fault(f"judged {verdicts.num_rows - verdicts['kept'].null_count} of {expected} rows")
         self.conclude(rows, ctx, verdicts, made=self.replacements(rows, ctx))

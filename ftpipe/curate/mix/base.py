@@ -30,7 +30,7 @@ class Mixer(CurateStep):
         import pyarrow.compute as pc
 
         table = self.times(rows, ctx)
-        expected = rows.count()
+        expected = rows.table(columns=["row_id"]).num_rows
         if table.num_rows != expected:
             raise self.fault(f"gave a number for {table.num_rows} of {expected} rows")
         if pc.min(table["times"]).as_py() is not None and pc.min(table["times"]).as_py() < 0:

@@ -23,7 +23,7 @@ class Orderer(CurateStep):
 
     def apply(self, rows: RowSet, ctx: StepContext) -> None:
         table = self.position(rows, ctx)
-        expected = rows.count()
+        expected = rows.table(columns=["row_id"]).num_rows
         if table.num_rows != expected:
             raise self.fault(f"placed {table.num_rows} of {expected} rows")
         self.conclude(rows, ctx, table)

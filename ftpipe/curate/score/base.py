@@ -28,7 +28,7 @@ class Scorer(CurateStep):
         import pyarrow as pa
 
         table = self.annotate(rows, ctx)
-        expected = rows.count()
+        expected = rows.table(columns=["row_id"]).num_rows
         if table.num_rows != expected:
             raise self.fault(f"annotated {table.num_rows} of {expected} rows")
         if len(table.column_names) < 2:
