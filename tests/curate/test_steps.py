@@ -337,7 +337,8 @@ def test_shuffle_depends_on_the_seed_alone(tmp_path, pool):
     one, two = (kept_ids(run_step(tmp_path, pool, "shuffle", seed=s)) for s in (1, 2))
     assert sorted(one) == sorted(two) and one != two and one != kept_ids(pool)
     few = run_step(tmp_path, pool, {"random": {"budget": {"rows": 50}}})
-    assert kept_ids(run_step(tmp_path, few, "shuffle", seed=1)) == [r for r in one if r in set(kept_ids(few))]
+    left = set(kept_ids(few))
+    assert kept_ids(run_step(tmp_path, few, "shuffle", seed=1)) == [r for r in one if r in left]
 
 
 def test_variants_keep_their_parents(tmp_path):
