@@ -13,9 +13,10 @@ from ftpipe.artifacts import LOG
 
 
 class PrefectLog(logging.Handler):
-    """Sends records to whichever Prefect run logger is set as `target`.
+    """Sends records to a Prefect run logger: the flow's, or that of the stage at work.
 
     Args:
+        target: the flow run's logger.
         rate: lines a second in the long run. burst: lines that may come at once. Warnings and errors have an allowance of their own.
     """
 
@@ -43,6 +44,18 @@ class PrefectLog(logging.Handler):
             self.target.log(record.levelno, "%s", text)
         except Exception:
             self.handleError(record)
+
+    @contextmanager
+    def stage(self, target: Any) -> Iterator[None]:
+        """Send to a stage's logger for the length of the block, with a full allowance."""
+        before, self.target = self.target, target
+        with self._guard:
+            self._allowance = {False: float(self.burst), True: float(self.burst)}
+        try:
+            yield
+        finally:
+            self.finish()
+            self.target = before
 
     def finish(self) -> None:
         """Say how many lines were left out since the last one shown."""

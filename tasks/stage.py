@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -32,19 +33,12 @@ def execute(name: str, run: Run, handler: Any = None) -> Any:
     Returns:
         The key of the stage's artifact; the state is called Reused if there was nothing to do.
     """
-    log = get_run_logger()
-    before = handler.target if handler else None
-    if handler:
-        handler.target = log
-    try:
-        artifact = run.execute(name)
-    except FtpipeError as error:
-        logging.getLogger("ftpipe").error("%s: %s", name, error)
-        raise
-    finally:
-        if handler:
-            handler.finish()
-            handler.target = before
+    with handler.stage(get_run_logger()) if handler else nullcontext():
+        try:
+            artifact = run.execute(name)
+        except FtpipeError as error:
+            logging.getLogger("ftpipe").error("%s: %s", name, error)
+            raise
     entry = run.record["stages"][name]
     if entry["state"] == "reused":
         return Completed(name="Reused", message=f"{entry['reason']}: {artifact.key[:12]}", data=artifact.key)
