@@ -110,7 +110,7 @@ class RowSet:
         return self.table(split, ["row_id"])["row_id"].to_pylist()
 
     def count(self, split: str | None = TRAIN) -> int:
-        return len(self.ids(split))
+        return self.table(split, ["row_id"]).num_rows
 
 
     def annotation(self, column: str) -> pa.Table | None:
