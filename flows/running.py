@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.server import api, flush
+from flows.server import api, flush, ui
 from flows.session import Session, current
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def run_flow(config_path: str | Path, *, only: str | None, start: str | None, to
     # The caller shows progress and errors; Prefect's own console lines would say everything twice.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     session = Session(listener)
-    with api(schedules=False):
+    with api(schedules=False) as url:
+        print(f"Prefect shows this run at {ui(url)}", file=sys.stderr, flush=True)
         from prefect.exceptions import CancelledRun
 
         from flows.data_to_model import data_to_model

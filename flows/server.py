@@ -50,7 +50,7 @@ def api(*, schedules: bool) -> Iterator[str]:
         with _environment({"PREFECT_API_URL": url, SESSION: session} | ({"PREFECT_UI_URL": url.removesuffix("/api")} if port else {})):
             if port:
                 _wait_until_healthy(url, guardian, log)
-            with _settings():
+            with _settings(heartbeats=schedules):
                 yield url
     finally:
         if guardian.stdin:
@@ -92,6 +92,11 @@ def check(url: str, *, timeout: float = 10.0) -> None:
         raise InfrastructureError(f"the Prefect API does not answer ({type(error).__name__}: {error})", where=url, remedy=remedy) from error
     if answer.status_code == 404:
         raise InfrastructureError("no Prefect API was found there", where=url, remedy="PREFECT_API_URL ends in /api, such as http://host:4200/api")
+
+
+def ui(url: str) -> str:
+    """Where the UI that belongs to an API is, if nothing else is set: beside it."""
+    return os.environ.get("PREFECT_UI_URL") or url.removesuffix("/").removesuffix("/api")
 
 
 def flush(timeout: float = 10.0) -> None:
@@ -167,11 +172,15 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
-    """Make Prefect read the environment again, in case it was imported before; its background threads use the global settings."""
+def _settings(*, heartbeats: bool) -> Iterator[None]:
+    """Make Prefect read the environment again, in case it was imported before; its background threads use the global settings.
+
+    Without `heartbeats` a flow ends a second sooner. They let a server notice lost runs, which is the guardian's part for a flow in this process.
+    """
     import prefect.context
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     prefect.context.refresh_global_settings_context()
-    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+    wanted = {PREFECT_API_URL: os.environ["PREFECT_API_URL"]}
+    with temporary_settings(wanted if heartbeats else wanted | {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield

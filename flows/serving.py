@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
-from flows.server import api
+from flows.server import api, ui
 from ftpipe.errors import ConfigError
 from ftpipe.pipeline import spec
 
@@ -44,8 +43,7 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
         with get_client(sync_client=True) as client:
             _forget_missed_runs(client, id)
             client.resume_deployment(id)  # stopping the last `ftpipe serve` paused it
-        ui = os.environ.get("PREFECT_UI_URL") or url.removesuffix("/api")
-        print(f"{pipeline.name} is served {_words(wanted)}; ctrl-C pauses it\n{ui}/deployments/deployment/{id}", flush=True)
+        print(f"{pipeline.name} is served {_words(wanted)}; ctrl-C pauses it\n{ui(url)}/deployments/deployment/{id}", flush=True)
         try:
             asyncio.run(runner.start())
         except KeyboardInterrupt:

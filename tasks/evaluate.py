@@ -16,10 +16,12 @@ def comparisons(artifact: Artifact) -> list[dict[str, Any]]:
     """One row per comparison, with its confidence interval."""
     return [{
         "suite": c["suite"], "metric": c["metric"], "systems": f"{c['a']} against {c['b']}", "items": c["n"],
-        c_mean("first"): number(c["mean_a"]), c_mean("second"): number(c["mean_b"]), "difference": number(c["difference"]),
-        "interval": f"{number(c['low'])} to {number(c['high'])} ({c['confidence']:.0%})", "better": c["better"] or "undecided",
+        "mean of the first": number(c["mean_a"]), "mean of the second": number(c["mean_b"]), "difference": number(c["difference"]),
+        "interval": f"{number(c['low'])} to {number(c['high'])} ({c['confidence']:.0%})", "better": better(c),
     } for c in artifact.json("comparisons.json")]
 
 
-def c_mean(which: str) -> str:
-    return f"mean of the {which}"
+def better(comparison: dict[str, Any]) -> str:
+    """The system that is better by more than chance, if either is."""
+    low, high = comparison["low"], comparison["high"]
+    return comparison["a"] if low is not None and low > 0 else comparison["b"] if high is not None and high < 0 else "undecided"

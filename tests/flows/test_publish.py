@@ -66,19 +66,20 @@ def test_a_curve_keeps_its_ends(n, shown, tmp_path):
 
 def test_comparisons_carry_their_interval(shown, tmp_path):
     base = {"suite": "heldout_loss", "metric": "loss", "a": "adapter", "b": "base", "n": 60, "mean_a": 2.8123, "mean_b": 3.4, "difference": 0.5877, "low": 0.41,
-            "high": 0.77, "confidence": 0.95, "higher_is_better": False, "better": "adapter"}
-    show(artifact(tmp_path, "evaluate", comparisons=[base, base | {"b": "random", "low": -0.1, "high": 0.2, "better": None}]))
-    first, second = shown[0][2]
+            "high": 0.77, "confidence": 0.95, "higher_is_better": False, "better": True}
+    show(artifact(tmp_path, "evaluate", comparisons=[base, base | {"b": "random", "low": -0.1, "high": 0.2}, base | {"low": -0.3, "high": -0.1}]))
+    first, second, third = shown[0][2]
     assert first["systems"] == "adapter against base" and first["interval"] == "0.41 to 0.77 (95%)" and first["better"] == "adapter"
-    assert second["better"] == "undecided"
+    assert second["better"] == "undecided" and third["better"] == "base"
 
 
 def test_a_verdict_names_the_rule_that_failed(shown, tmp_path):
     rule = {"name": "gain", "text": "adapter | base", "required": True, "passed": False, "value": 0.01, "low": -0.02, "high": 0.04, "limit": 0.0}
     other = rule | {"name": "forgetting", "passed": True, "low": None}
-    show(artifact(tmp_path, "gate", verdict={"passed": False, "candidate": "adapter", "rules": [rule, other]}))
+    skipped = rule | {"name": "champion", "passed": None, "low": None, "value": None, "limit": None}
+    show(artifact(tmp_path, "gate", verdict={"passed": False, "candidate": "adapter", "rules": [rule, other, skipped]}))
     text = shown[0][2]
-    assert text.startswith("## Refused: adapter") and "✅ | **forgetting**" in text
+    assert text.startswith("## Refused: adapter") and "✅ | **forgetting**" in text and "| – | **champion**" in text
     assert "| ❌ | **gain**: adapter \\| base | yes | 0.01 | -0.02 to 0.04 | 0 |" in text
 
 
