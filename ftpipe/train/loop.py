@@ -58,6 +58,7 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
     """Take one optimizer step on the rows of these numbers and return its record (the same on every rank)."""
     began = time.monotonic()
     run.metrics.clear()
+    run.sums.clear()
     change = run.adapt.before_step(run)
     if change is not None:
         run.engine.rebuild(run.engine.names if change.trainable is None else change.trainable, change.forget)
@@ -85,7 +86,8 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
     tokens = sum(rows.lengths[n] for n in numbers)
     trained = _sum(run, float(sum(b.targets.numel() for b in batches if b.weight)))
     record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": _sum(run, loss) / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
-              "tokens": tokens, "trained_tokens": int(trained), "rows": len(numbers), **run.metrics}
+              "tokens": tokens, "trained_tokens": int(trained), "rows": len(numbers), **run.metrics,
+              **{name: _sum(run, run.sums[name]) / count for name in sorted(run.sums)}}
     seconds = time.monotonic() - began
     report("step", of=run.steps, **record, seconds=seconds, tokens_per_second=tokens / seconds, memory_bytes=_memory(run))
     return record

@@ -72,7 +72,8 @@ class Run:
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
             start with the method's name.
         cache: what a part keeps in memory but can make again (a reference model); not in checkpoints.
-        metrics: numbers a part wants recorded for this step.
+        metrics: numbers a part wants recorded for this step, the same on every rank. sums: numbers it adds up over its micro-batches (times
+            `Batch.weight`); what is recorded is their sum over all ranks by the count of the step, a mean.
     """
 
     model: Any
@@ -96,6 +97,7 @@ class Run:
     memory: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("ftpipe.train"))
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -10,6 +10,7 @@ import pytest
 from ftpipe import slots
 from ftpipe.errors import ConfigError, TrainingError
 from ftpipe.slots import Method
+from tests.train.fixtures import alone  # noqa: F401
 from tests.train.small import examples, small_run, steps
 
 NAMES = {slot: slots.slots()[f"train/{slot}"].names() for slot in ("adapt", "objective", "regularizer", "optimizer", "schedule")}
@@ -28,19 +29,6 @@ def adapt(name: str) -> dict:
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Path:
     return tiny_model
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    import os
-
-    from tests.train.small import group
-
-    kept = dict(os.environ)
-    with group(tmp_path_factory.mktemp("group")):
-        yield
-    os.environ.clear()
-    os.environ.update(kept)
 
 
 @pytest.mark.parametrize(("slot", "name"), [(s, n) for s, names in NAMES.items() for n in names])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests.train import planted, small
+from tests.train.fixtures import alone  # noqa: F401
 
 pytestmark = pytest.mark.e2e
 ROUNDING = 2e-5
@@ -32,13 +32,8 @@ def two(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(tiny_model, tmp_path_factory):
-    kept = dict(os.environ)
-    with small.group(tmp_path_factory.mktemp("one")):
-        found = {name: small.case(tiny_model, settings) for name, settings in small.CASES.items()}
-    os.environ.clear()
-    os.environ.update(kept)
-    return found
+def one(tiny_model, alone):  # noqa: F811
+    return {name: small.case(tiny_model, settings) for name, settings in small.CASES.items()}
 
 
 @pytest.mark.parametrize("name", list(small.CASES))

@@ -80,8 +80,8 @@ def train(folder: Path, model: Path, rows: list[dict[str, Any]] | None = None, *
     return ctx
 
 
-def stage(model: Path, **settings: Any) -> Train:
-    return Train(**({"rows": "rows", "model": str(model), "seed": 1, "dtype": "float32", "batch_tokens": 128, "rows_per_step": 8, "learning_rate": 1e-2,
+def stage(folder: Path, **settings: Any) -> Train:
+    return Train(**({"rows": "rows", "model": str(folder), "seed": 1, "dtype": "float32", "batch_tokens": 128, "rows_per_step": 8, "learning_rate": 1e-2,
                      "adapt": {"lora": {"r": 4}}, "heartbeat": 60} | settings))
 
 

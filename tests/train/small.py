@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,11 @@ def job(rendezvous: Path, world: int = 1, dtype: str = "float32") -> Job:
 
 
 def group(folder: Path, world: int = 1):
-    """The process group of this one process (or of the ranks that share `folder`)."""
+    """The process group of this one process (or of the ranks that share `folder`); the one that is there, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return nullcontext()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", str(world))
