@@ -112,6 +112,25 @@ def test_a_damaged_cache_is_noticed_and_asked_anew(world: World, workspace: Path
     assert by_pair(again)["heldout_loss", "adapter", "base"]["mean_a"] == by_pair(first)["heldout_loss", "adapter", "base"]["mean_a"]
 
 
+def test_what_was_scored_before_a_crash_is_not_scored_again(world: World, workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    from ftpipe.models.service import ModelService
+
+    real, calls = ModelService.score, 0
+
+    def fails(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise RuntimeError("out of memory")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ModelService, "score", fails)
+    with pytest.raises(RuntimeError):
+        evaluated(world, workspace, "good", evaluate={"examples": 0})
+    monkeypatch.setattr(ModelService, "score", real)
+    assert evaluated(world, workspace, "good", evaluate={"examples": 0}).manifest["notes"]["asked"] == 80 - 3 * 4
+
+
 def test_examples_are_answered_by_base_and_candidate(world: World, workspace: Path):
     examples = pq.read_table(evaluated(world, workspace, "good").file("examples.parquet")).to_pylist()
     assert [e["system"] for e in examples] == ["base", "adapter"] * 2

@@ -41,9 +41,10 @@ class HeldoutLoss(Suite):
 
 def token_losses(system: System, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Item, list[Score]]]:
     """The loss of each row's trained tokens. What cannot be rendered, or has no trained token, yields no score."""
-    for start in range(0, len(items), CHUNK):
-        part = items[start:start + CHUNK]
-        rendered = [None if isinstance(r, Exception) or not r.input_ids else r for r in system.service.renderer.rows(rows[start:start + CHUNK])]
+    size = CHUNK if not items or system.service.batch_tokens else ALONE
+    for start in range(0, len(items), size):
+        part = items[start:start + size]
+        rendered = [None if isinstance(r, Exception) or not r.input_ids else r for r in system.service.renderer.rows(rows[start:start + size])]
         scores = iter(system.service.score([r for r in rendered if r is not None]))
         for item, shown in zip(part, rendered):
             score = next(scores) if shown is not None else None
@@ -51,5 +52,5 @@ def token_losses(system: System, items: Sequence[Item], rows: Sequence[dict[str,
             yield item, [Score(METRIC, score.loss, float(score.trained_tokens), higher_is_better=False)] if known else []
 
 
-CHUNK = 64
-"""Rows that go to the service together; after each chunk results are saved and progress is told."""
+CHUNK, ALONE = 256, 4
+"""Rows that go to the service together, where it batches and where it does not; after each chunk results are saved and progress is told."""
