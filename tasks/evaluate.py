@@ -16,8 +16,8 @@ def comparisons(artifact: Artifact) -> list[dict[str, Any]]:
     """One row per comparison, with its confidence interval."""
     return [{
         "suite": c["suite"], "metric": c["metric"], "systems": f"{c['a']} against {c['b']}", "items": c["n"],
-        "mean of the first": number(c["mean_a"]), "mean of the second": number(c["mean_b"]), "difference": number(c["difference"]),
-        "interval": f"{number(c['low'])} to {number(c['high'])} ({c['confidence']:.0%})", "better": better(c),
+        "means": f"{number(c['mean_a'])} / {number(c['mean_b'])}",
+        "difference": number(c["difference"]), f"interval ({c['confidence']:.0%})": f"{number(c['low'])} to {number(c['high'])}", "better": better(c),
     } for c in artifact.json("comparisons.json")]
 
 

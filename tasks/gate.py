@@ -5,7 +5,7 @@ from __future__ import annotations
 from ftpipe.artifacts import Artifact
 from tasks.publish import markdown, number
 
-MARKS = {True: "✅", False: "❌", None: "–"}
+WORDS = {True: "met", False: "**not met**", None: "skipped"}
 """None stands for a rule that was skipped, such as one on a champion that is not there yet."""
 
 
@@ -14,14 +14,16 @@ def show(key: str, artifact: Artifact) -> None:
 
 
 def verdict(artifact: Artifact) -> str:
+    """Markdown: one line of numbers a rule, narrow enough for the UI's page, and what each rule says in words."""
     found = artifact.json("verdict.json")
-    lines = [f"## {'Passed' if found['passed'] else 'Refused'}: {found['candidate']}", "",
-             "| | rule | required | value | interval | limit |", "|---|---|---|---:|---:|---:|"]
+    table = ["| rule | | required | value | interval | limit |", "|---|---|---|---:|---:|---:|"]
+    said = []
     for r in found["rules"]:
         interval = f"{number(r.get('low'))} to {number(r.get('high'))}" if r.get("low") is not None else "–"
-        lines.append(f"| {MARKS[r['passed']]} | **{r['name']}**: {_cell(r['text'])} | {'yes' if r['required'] else 'no'} | {number(r.get('value'))} "
-                     f"| {interval} | {number(r.get('limit'))} |")
-    return "\n".join(lines)
+        table.append(f"| {_cell(r['name'])} | {WORDS[r['passed']]} | {'yes' if r['required'] else 'no'} | {number(r.get('value'))} | {interval} "
+                     f"| {number(r.get('limit'))} |")
+        said.append(f"* **{_cell(r['name'])}**: {_cell(r['text'])}")
+    return "\n".join([f"## {'Passed' if found['passed'] else 'Refused'}: {found['candidate']}", "", *table, "", *said])
 
 
 def _cell(text: str) -> str:

@@ -69,7 +69,8 @@ def test_comparisons_carry_their_interval(shown, tmp_path):
             "high": 0.77, "confidence": 0.95, "higher_is_better": False, "better": True}
     show(artifact(tmp_path, "evaluate", comparisons=[base, base | {"b": "random", "low": -0.1, "high": 0.2}, base | {"low": -0.3, "high": -0.1}]))
     first, second, third = shown[0][2]
-    assert first["systems"] == "adapter against base" and first["interval"] == "0.41 to 0.77 (95%)" and first["better"] == "adapter"
+    assert first["systems"] == "adapter against base" and first["interval (95%)"] == "0.41 to 0.77" and first["better"] == "adapter"
+    assert first["means"] == "2.812 / 3.4"
     assert second["better"] == "undecided" and third["better"] == "base"
 
 
@@ -79,8 +80,9 @@ def test_a_verdict_names_the_rule_that_failed(shown, tmp_path):
     skipped = rule | {"name": "champion", "passed": None, "low": None, "value": None, "limit": None}
     show(artifact(tmp_path, "gate", verdict={"passed": False, "candidate": "adapter", "rules": [rule, other, skipped]}))
     text = shown[0][2]
-    assert text.startswith("## Refused: adapter") and "✅ | **forgetting**" in text and "| – | **champion**" in text
-    assert "| ❌ | **gain**: adapter \\| base | yes | 0.01 | -0.02 to 0.04 | 0 |" in text
+    assert text.startswith("## Refused: adapter") and "* **gain**: adapter \\| base" in text
+    assert "| gain | **not met** | yes | 0.01 | -0.02 to 0.04 | 0 |" in text and "| forgetting | met |" in text
+    assert "| champion | skipped | yes | – | – | – |" in text
 
 
 def test_a_registration_says_what_it_replaced(shown, tmp_path):
