@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ftpipe.errors import InfrastructureError
 
@@ -36,11 +39,12 @@ def api(*, schedules: bool) -> Iterator[str]:
         InfrastructureError: the configured API does not answer, or the local one does not start.
     """
     url = configured()
+    usual = FileLock(Path(tempfile.gettempdir()) / f"ftpipe-prefect-{os.getuid()}.lock")
     port = 0
     if url:
         check(url)
     else:
-        port = _free_port(USUAL_PORT)
+        port = _free_port(USUAL_PORT if _take(usual) else 0)
         url = f"http://127.0.0.1:{port}/api"
     session = uuid.uuid4().hex
     log = prefect_home() / "ftpipe-server.log"
@@ -64,6 +68,7 @@ def api(*, schedules: bool) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             guardian.kill()
             guardian.wait()
+        usual.release()
 
 
 def configured() -> str | None:
@@ -125,6 +130,15 @@ def _nothing_configured() -> bool:
         return False
     active = os.environ.get("PREFECT_PROFILE") or known.get("active", "ephemeral")
     return "PREFECT_API_URL" not in known.get("profiles", {}).get(active, {}) and active == "ephemeral"
+
+
+def _take(lock: FileLock) -> bool:
+    """Whether the usual port is ours to try: two commands that start together must not both find it free."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def _free_port(wish: int) -> int:

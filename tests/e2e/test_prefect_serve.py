@@ -118,3 +118,17 @@ def test_serve_says_what_is_wrong(arguments, url, words, status, kinds, tmp_path
         assert process.wait(60) == status
     said = log.read_text()
     assert all(w in said for w in words) and "Traceback" not in said, said
+
+
+def test_two_runs_at_once_bring_a_server_each(kinds, tmp_path):
+    """They share one Prefect database, as one user's runs do, and neither depends on the other's server."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    env = environment(home, kinds)
+    short = write_pipeline(tmp_path / "a", CHAIN, name="short")
+    long = write_pipeline(tmp_path / "b", {"rows": CHAIN["rows"], "adapter": CHAIN["adapter"] | {"steps": 20, "pause": 0.5}}, name="long")
+    with ftpipe(["run", str(short)], env, tmp_path / "a.log") as one, ftpipe(["run", str(long)], env, tmp_path / "b.log") as two:
+        assert one.wait(150) == 0, (tmp_path / "a.log").read_text()
+        assert two.wait(150) == 0, (tmp_path / "b.log").read_text()
+    assert sorted(query(home, "select substr(name, 1, 5), state_type from flow_run")) == [("long ", "COMPLETED"), ("short", "COMPLETED")]
+    assert len({line for f in ("a.log", "b.log") for line in (tmp_path / f).read_text().splitlines() if "Prefect shows" in line}) == 2
