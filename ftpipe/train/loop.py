@@ -72,7 +72,7 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
         batch = run.objective.collate(run, rows.examples(packs[number]))
         batch.seed, batch.weight = derive_seed(run.seed, "forward", run.step, number), float(i < len(own))
         batches.append(batch)
-    count = _sum(run, sum(b.count * b.weight for b in batches))
+    count = run.sum(sum(b.count * b.weight for b in batches))
     ids = [i for b in batches if b.weight for i in b.row_ids]
     if not count > 0:
         raise TrainingError(f"step {run.step + 1} has nothing to train on: not one {run.objective.unit[:-1]} counts", where=_some(ids),
@@ -84,10 +84,10 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
         loss = run.optimizer.take_step(run, batches)
     run.adapt.after_step(run)
     tokens = sum(rows.lengths[n] for n in numbers)
-    trained = _sum(run, float(sum(b.targets.numel() for b in batches if b.weight)))
-    record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": _sum(run, loss) / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
+    trained = run.sum(float(sum(b.targets.numel() for b in batches if b.weight)))
+    record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": run.sum(loss) / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
               "tokens": tokens, "trained_tokens": int(trained), "rows": len(numbers), **run.metrics,
-              **{name: _sum(run, run.sums[name]) / count for name in sorted(run.sums)}}
+              **{name: run.sum(run.sums[name]) / count for name in sorted(run.sums)}}
     seconds = time.monotonic() - began
     report("step", of=run.steps, **record, seconds=seconds, tokens_per_second=tokens / seconds, memory_bytes=_memory(run))
     return record
@@ -117,6 +117,7 @@ def _restore(run: Run, resumed: checkpoint.Checkpoint) -> tuple[int, list[dict[s
             with torch.no_grad():
                 parameter.data = resumed.parameters[name].to(parameter.device)
         parameter.requires_grad_(name in trainable)
+    run.adapt.resumed(run)
     return resumed.step, list(resumed.metrics)
 
 
@@ -188,18 +189,6 @@ def _autocast(run: Run):
     import torch
 
     return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16")
-
-
-def _sum(run: Run, value: float) -> float:
-    """The sum over all ranks."""
-    if run.world == 1:
-        return float(value)
-    import torch
-    import torch.distributed as dist
-
-    total = torch.tensor([value], dtype=torch.float64, device=run.device)
-    dist.all_reduce(total)
-    return float(total)
 
 
 def _some(ids: Sequence[str]) -> str:

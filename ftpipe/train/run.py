@@ -106,6 +106,17 @@ class Run:
 
         return torch.Generator().manual_seed(derive_seed(self.seed, purpose, self.step))
 
+    def sum(self, value: float) -> float:
+        """The sum of a number over all ranks; every rank calls it at the same time."""
+        if self.world == 1:
+            return float(value)
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. Under ZeRO 3 they hold nothing between forward passes: read them through `engine`."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}

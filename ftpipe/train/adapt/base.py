@@ -1,6 +1,7 @@
 """The base of methods that decide what trains.
 
     prepare      wrap, freeze and initialise the base model                       once, before the engine is built
+    resumed      repeat what a checkpoint does not hold                           after a kill
     before_step  may change what trains from this step on                         each step
     on_gradients read and change the step's gradients                             each step, between backward and update
     after_step   read and change parameters                                       each step, after the update
@@ -46,6 +47,10 @@ class Adapt(Method):
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer. Beside torch's own keys a group may hold `lr_scale`, a factor of the learning rate."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def resumed(self, run: Run) -> None:
+        """Called when a checkpoint was put back, before the engine is built: parameters that train or have trained and `run.memory` are as they were.
+        A method that changed frozen weights does so again."""
 
     def before_step(self, run: Run) -> Change | None:
         """Called before each step; a `Change` makes the loop rebuild the engine and carry over all other optimizer state."""

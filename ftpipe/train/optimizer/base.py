@@ -29,10 +29,10 @@ class Optimizer(Method):
         """The torch optimizer over parameter groups. The loop sets each group's `lr` before every step."""
 
     def take_step(self, run: Run, batches: Sequence[Batch]) -> float:
-        """Forward, backward and update over this rank's micro-batches; returns this rank's share of the step's mean loss.
+        """Forward, backward and update over this rank's micro-batches; returns the sum of their losses.
 
-        `run.engine.loss(batch)` is the batch's loss, scaled so that the sum over all micro-batches and ranks is the mean. All ranks hold equally many
-        micro-batches. A method without a backward pass overrides this.
+        `run.engine.loss(batch)` is the batch's part of the step's mean loss, times the number of ranks (DeepSpeed averages over them). All ranks hold
+        equally many micro-batches. A method without a backward pass overrides this, and sets `run.engine.norm`.
         """
         total = 0.0
         for i, batch in enumerate(batches):
