@@ -42,12 +42,17 @@ class Api:
         self.url = url
 
     def get(self, path: str) -> Any:
-        answer = httpx.get(f"{self.url}{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        return self._ask("GET", path)
 
     def post(self, path: str, body: Any = None) -> Any:
-        answer = httpx.post(f"{self.url}{path}", json=body if body is not None else {}, timeout=30)
+        return self._ask("POST", path, json=body if body is not None else {})
+
+    def _ask(self, method: str, path: str, **more: Any) -> Any:
+        for attempt in range(10):
+            answer = httpx.request(method, f"{self.url}{path}", timeout=30, **more)
+            if answer.status_code != 503:  # SQLite was locked; Prefect's own client asks again too
+                break
+            time.sleep(0.3 * (attempt + 1))
         answer.raise_for_status()
         return answer.json()
 
