@@ -162,7 +162,8 @@ def _fetch(env: Environment, name: str, entry: dict[str, Any], folder: Path) -> 
     source = server.call(mlflow.get_model_version_download_uri, name, str(entry["version"]))
     temporary = folder.with_name(f".fetching-{entry['content'][:16]}-{uuid.uuid4().hex[:6]}")
     try:
-        server.call(download_artifacts, artifact_uri=source, dst_path=str(temporary), tracking_uri=server.tracking_uri(env))
+        server.call(download_artifacts, artifact_uri=source, dst_path=str(temporary), tracking_uri=server.tracking_uri(env),
+                    registry_uri=server.registry_uri(env))
         inner = temporary if (temporary / MANIFEST).exists() else next(p.parent for p in temporary.rglob(MANIFEST))
         with ledger.lock(env, name):
             if not folder.exists():

@@ -24,7 +24,8 @@ def test_a_registered_version_is_what_mlflows_own_client_sees(env: Environment):
 
     result = registered(env, 1)
     assert (result.version, result.created, result.moved, result.before) == (1, True, True, None)
-    seen = MlflowClient(registry_uri=f"sqlite:///{env.workspace}/mlflow.db").get_model_version_by_alias("demo", "champion")
+    uri = f"sqlite:///{env.workspace}/mlflow.db"
+    seen = MlflowClient(tracking_uri=uri, registry_uri=uri).get_model_version_by_alias("demo", "champion")
     assert int(seen.version) == 1 and seen.tags["ftpipe.content"] == content(env, 1)
     assert seen.tags["ftpipe.stage.adapter"] == adapter_artifact_key(env, 1)
     folder = ledger.folder(env, "demo") / content(env, 1)
@@ -43,7 +44,7 @@ def test_the_folder_can_be_fetched_through_mlflow(env: Environment, tmp_path):
 
     registered(env, 1)
     uri = server.client(env).get_model_version_download_uri("demo", "1")
-    got = download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "got"))
+    got = download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "got"), tracking_uri=server.tracking_uri(env))
     assert {"adapter_model.safetensors", "manifest.json"} <= set(os.listdir(got))
 
 
