@@ -101,10 +101,8 @@ class MlflowListener(Listener):
             os.environ.setdefault(variable, value)
         for chatty in ("alembic", "mlflow.store.db"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        from mlflow.tracking import MlflowClient
-
         if self._client is None:
-            self._client = _patiently(lambda: MlflowClient(tracking_uri=self.env.tracking_uri or default_uri(self.env)))
+            self._client = _patiently(lambda: _connect(self.env))
         experiment = _patiently(lambda: _experiment(self._client, self.env))
         tags = {"ftpipe.pipeline": self.env.pipeline, "ftpipe.stage": name, "ftpipe.kind": self._kind, "ftpipe.key": self._key, "ftpipe.run": self.run_id}
         self._run = _patiently(lambda: self._client.create_run(experiment, run_name=f"{name} {self._key[:12]}", tags=tags)).info.run_id
@@ -151,6 +149,17 @@ def default_uri(env: Environment) -> str:
     """The SQLite file of the workspace, which is made with its folder when it is first used."""
     env.workspace.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{env.workspace / 'mlflow.db'}"
+
+
+def _connect(env: Environment) -> Any:
+    """A client. The workspace's own database is opened as the registry does, under a lock: two processes that create its tables at once would fail."""
+    if env.tracking_uri or env.registry_uri:
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(tracking_uri=env.tracking_uri or default_uri(env))
+    from ftpipe.registry.server import client
+
+    return client(env)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ DEEP_LIMIT = 256 * 2**20
 
 @dataclass(frozen=True)
 class Planned:
-    """What will happen to one stage. `key` and `artifact` are None where they are not known before an input is made."""
+    """What will happen to one stage. `key`, `material` and `artifact` are None where they are not known before an input is made."""
 
     name: str
     kind: str
@@ -28,6 +28,7 @@ class Planned:
     key: str | None = None
     artifact: Artifact | None = None
     altered: str | None = None
+    material: dict[str, Any] | None = None
 
 
 def material(pipeline: Pipeline, name: str, inputs: dict[str, Artifact]) -> dict[str, Any]:
@@ -55,14 +56,14 @@ def plan_stage(pipeline: Pipeline, name: str, store: Store, inputs: dict[str, Ar
     if found is not None:
         problem = found.problem(deep=False) or (found.problem() if found.size() <= DEEP_LIMIT else None)
         if problem:
-            return Planned(name, stage.name(), True, problem, key, altered=problem)
+            return Planned(name, stage.name(), True, problem, key, altered=problem, material=made_of)
         gone = stage.still_true(found, pipeline.env) if stage.side_effects else None
         if gone:
-            return Planned(name, stage.name(), True, gone, key)
+            return Planned(name, stage.name(), True, gone, key, material=made_of)
         if force:
-            return Planned(name, stage.name(), True, "forced", key)
+            return Planned(name, stage.name(), True, "forced", key, material=made_of)
         return Planned(name, stage.name(), False, "unchanged", key, found)
-    return Planned(name, stage.name(), True, _why(store, pipeline, name, made_of), key)
+    return Planned(name, stage.name(), True, _why(store, pipeline, name, made_of), key, material=made_of)
 
 
 def plan(pipeline: Pipeline, store: Store, *, force: set[str] = frozenset()) -> list[Planned]:

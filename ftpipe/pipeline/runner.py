@@ -19,7 +19,7 @@ from typing import Any
 from ftpipe import __version__
 from ftpipe.artifacts import LOG, Artifact
 from ftpipe.errors import ArtifactError, ConfigError, FtpipeError
-from ftpipe.pipeline.plan import Planned, material, plan_stage, remember
+from ftpipe.pipeline.plan import Planned, plan_stage, remember
 from ftpipe.pipeline.spec import Pipeline
 from ftpipe.pipeline.store import Store, write_atomic
 from ftpipe.stages.base import Listener, StageContext
@@ -136,7 +136,7 @@ class Run:
                 handler.close()
             shutil.copyfile(log_path, out / LOG)
             notes = {"started": started, "seconds": round(time.monotonic() - began, 3), "run": self.id, "host": socket.gethostname()} | ctx.notes
-            artifact = store.commit(out, kind=planned.kind, name=name, key=planned.key, material=material(self.pipeline, name, inputs),
+            artifact = store.commit(out, kind=planned.kind, name=name, key=planned.key, material=planned.material,
                                     inputs=inputs, counts=ctx.counts, meta=ctx.meta, notes=notes)
         remember(store, self.pipeline, artifact)
         shutil.rmtree(work, ignore_errors=True)

@@ -73,6 +73,15 @@ def test_what_is_asked_for_later_is_added_to_what_is_known(tmp_path, tiny_model)
     assert notes["scored"] == 4 and again.equals(both)
 
 
+def test_one_pass_of_the_base_for_the_loss_leaves_the_embeddings_too(tmp_path, tiny_model):
+    rows = some_rows(5)
+    both, _ = score(tmp_path / "a", rows, tiny_model)
+    losses, notes = score(tmp_path / "b", rows, tiny_model, want=("loss",))
+    assert notes["scored"] == 5 and "embedding" not in losses.column_names
+    embedded, notes = score(tmp_path / "b", rows, tiny_model, want=("embedding",))
+    assert (notes["scored"], notes["cached"]) == (0, 5) and embedded["embedding"].equals(both["embedding"])
+
+
 def test_another_model_precision_length_or_template_is_another_cache(tmp_path, tiny_model):
     import shutil
 
