@@ -278,7 +278,4 @@ def _check_split(rule: Heldout, split: dict[str, Any], read: Reading) -> None:
     if rule.wanted and not split[HELDOUT]["rows"]:
         raise DataError(f"none of the {n} {unit} fell to the held-out side (heldout.share is {rule.share:g})",
                         remedy="raise heldout.share, try another seed, name heldout.groups, hold out `by: row`, or set share to 0 to hold nothing out")
-    if rule.limit is not None and rule.limit > split[HELDOUT]["rows"]:
-        raise DataError(f"heldout.limit is {rule.limit}, but only {split[HELDOUT]['rows']} rows are held out", remedy="lower the limit or raise heldout.share")
-
 
