@@ -106,6 +106,7 @@ def _adapter(store: Store, text: str) -> Artifact:
     if len(text) >= 8 and all(c in "0123456789abcdef" for c in text):
         return store.get(text)
     from ftpipe import registry
+    from ftpipe.registry.ledger import adapter_content
     from ftpipe.stages.base import Environment
 
     model, _, which = text.partition("@")
@@ -113,8 +114,13 @@ def _adapter(store: Store, text: str) -> Artifact:
     known = registry.list_models(env)
     if model not in known:
         raise ConfigError(f"no adapter {text!r}", remedy=nearest(text, [*known, *(a.name for a in last)]))
-    keys = registry.show(env, model, which or "champion")["lineage"]
-    return next(a for a in (store.get(k) for k in keys) if a.has("seen.parquet"))
+    version = registry.show(env, model, which or "champion")
+    made = (store.get(key) for key in version["stages"].values())
+    found = next((a for a in made if a.has("seen.parquet") and adapter_content(a) == version["content"]), None)
+    if found is None:
+        raise ConfigError(f"version {version['version']} of {model} was not trained in this workspace", where=str(store.workspace),
+                          remedy="ask in the workspace that trained it; --workspace names it")
+    return found
 
 
 def _ordered(artifacts: list[Artifact]) -> list[Artifact]:

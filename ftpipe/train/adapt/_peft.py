@@ -35,13 +35,13 @@ class PeftAdapt(Adapt):
     def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
         from peft import get_peft_model
 
-        config = self.config()
-        config.base_model_name_or_path = run.identity.get("model", "")
         try:
-            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+            wrapped = get_peft_model(model, self.config(), autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"PEFT cannot put {self.name()} on this model: {str(error)[:500]}", remedy="change its settings, target_modules first") from error
-        wrapped.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+        # PEFT writes down the folder the model was read from, which may be a cache of this machine; what the user called it means something elsewhere.
+        named = wrapped.peft_config["default"]
+        named.base_model_name_or_path, named.revision = run.identity.get("model", ""), run.identity.get("revision")
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
