@@ -123,5 +123,5 @@ def left(folder: Path) -> list[int]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """An environment for a child process that runs tests' code."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    """An environment for a child process that runs tests' code. It has as many threads as this process would give a rank: their number changes rounding."""
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
