@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 class PlantedRows(Stage):
     """Keeps the lines of a file that do not start with `#`; those are dropped as comments."""
 
-    method_name: ClassVar[str] = "planted_rows"
+    method_name: ClassVar[str] = "listed_rows"
     produces: ClassVar[str] = "rows"
     path: str = Field(description="text file")
 
@@ -157,7 +157,7 @@ def write_pipeline(folder: Path, stages: dict[str, Any], *, name: str = "small")
 
 
 CHAIN = {
-    "rows": {"kind": "planted_rows", "path": "rows.txt"},
+    "rows": {"kind": "listed_rows", "path": "rows.txt"},
     "adapter": {"kind": "planted_training", "rows": "rows"},
     "page": {"kind": "planted_report", "of": ["rows", "adapter"]},
 }

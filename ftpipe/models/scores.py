@@ -56,7 +56,7 @@ def score_rows(rows: RowSet, ctx: StageContext, *, model: str, split: str | None
     Args:
         model: as the configuration names it. adapter: artifact of a train stage, whose `adapter/` is put on the model.
         split: `train`, `heldout`, or None for both. only: row_ids to score; all of the split by default.
-        want: `loss` needs the output head, `embedding` does not. A pass of the base model for the loss keeps the embedding too, which costs nothing
+        want: `loss` needs the output head, `embedding` does not. A pass of the base model for the loss of all rows keeps the embedding too, which costs nothing
             beside it, so that a later step that clusters needs no pass of its own.
         dtype: of the forward pass; losses are taken in float32. max_length: tokens a row is cut to, the model's context by default.
     Returns a table in ascending order of row_id: row_id, content_id, nll (nats), trained_tokens, loss (nll / trained_tokens, null without one), tokens,
@@ -78,7 +78,7 @@ def score_rows(rows: RowSet, ctx: StageContext, *, model: str, split: str | None
     ctx.notes["scored"] = ctx.notes.get("scored", 0) + len(missing)
     ctx.notes["cached"] = ctx.notes.get("cached", 0) + len(contents) - len(missing)
     if missing:
-        spend = {*want, "embedding"} if adapter is None and "loss" in want else want
+        spend = {*want, "embedding"} if adapter is None and only is None and "loss" in want else want
         tokens = _score(rows, ctx, cache, known, missing, model=model, split=split, want=spend, adapter=adapter, dtype=dtype, max_length=max_length,
                         flush_seconds=flush_seconds)
         seconds = time.monotonic() - began
