@@ -46,7 +46,7 @@ def folder(env: Environment, name: str) -> Path:
 def adapter_content(artifact: Artifact) -> str:
     """The identity of the adapter in an artifact: SHA-256 over the names and hashes of the files below `adapter/`, and of nothing else.
 
-    The training curves beside the adapter hold timings; two runs that come to the same weights made the same adapter. Raises ArtifactError
+    What lies beside the adapter (curves, rows seen) does not count: two runs that come to the same adapter made the same one. Raises ArtifactError
     if the artifact holds no adapter.
     """
     return files_content({n[len(ADAPTER):]: e for n, e in artifact.manifest["files"].items() if n.startswith(ADAPTER)}, str(artifact.path))
