@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import Field
 from ftpipe.compress.base import Compressor
 
 if TYPE_CHECKING:
-    import torch
+    from ftpipe.merge._given import Given
 
 
 class HalfPrecision(Compressor):
@@ -23,7 +22,7 @@ class HalfPrecision(Compressor):
 
     dtype: Literal["float16", "bfloat16"] = Field(default="float16", description="Type the tensors are kept in: float16 is finer, bfloat16 reaches further.")
 
-    def compress(self, adapter: Path, out: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    def compress(self, adapter: Path, out: Path, given: Given) -> dict[str, Any]:
         import torch
         from safetensors.torch import load_file, save_file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from ftpipe.compress.base import Compressor
 
 if TYPE_CHECKING:
-    import torch
+    from ftpipe.merge._given import Given
 
 
 class LowRank(Compressor):
@@ -23,12 +22,16 @@ class LowRank(Compressor):
 
     rank: int = Field(default=8, ge=1, description="Largest rank of a weight's change.")
 
-    def compress(self, adapter: Path, out: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-        from ftpipe.merge._deltas import add, facts_of, norm, read, truncate, write
+    def compress(self, adapter: Path, out: Path, given: Given) -> dict[str, Any]:
+        from ftpipe.merge._deltas import Loss, facts_of, read, truncate
+        from ftpipe.merge._weights import Writer
 
-        exact = read(adapter, base)
-        cut = {name: truncate(delta, self.rank) for name, delta in exact.items()}
-        whole = norm(exact)
-        lost = norm({name: add([delta, cut[name].times(-1)]) for name, delta in exact.items()}) / whole if whole else 0.0
-        write(out, cut, facts_of(adapter), base)
-        return {"lost": lost, "rank": self.rank}
+        exact, lost = read(adapter, given.base), Loss()
+        writer = Writer(out, facts_of(adapter), given.base)
+        for number, (name, delta) in enumerate(exact.items()):
+            cut = truncate(delta, self.rank)
+            lost.count(delta, cut)
+            writer.add(name, cut)
+            given.progress(number + 1, len(exact), "weights")
+        writer.close()
+        return {"lost": lost.share, "rank": self.rank}

@@ -1,32 +1,35 @@
 """Adapters as changes of weights: what merging, editing and compressing work on.
 
-A change of one weight is kept as the two thin factors of a LoRA where it is one, and as a full matrix otherwise. Everything is float32.
+A change of one weight is kept as the two thin factors of a LoRA where it is one, and as a full matrix otherwise. An adapter's changes are read one weight at
+a time, when they are asked for, and nothing of them is kept: a merge needs the memory of a few weights and not of a model.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.errors import ConfigError
-from ftpipe.stages.base import Environment
+from ftpipe.models.weights import tensor
 
 if TYPE_CHECKING:
     import torch
 
-FACTS, WEIGHTS, CONFIG, FULL = "ftpipe_adapter.json", "adapter_model.safetensors", "adapter_config.json", "weights.safetensors"
+FACTS, WEIGHTS, CONFIG = "ftpipe_adapter.json", "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-PROBE_ROWS, PROBE_TOKENS = 3, 32
-log = logging.getLogger("ftpipe")
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one weight (out x in, or any shape if dense): `dense_`, or `b @ a` with a (rank x in) and b (out x rank), the scale already in b."""
+    """The change of one weight (out x in, or any shape if dense): `dense_`, or `b @ a` with a (rank x in) and b (out x rank), the scale already in b.
+
+    Factors are float32. A dense change is float32 or, where the tuned weight was kept in float32, float64, so that base + change is that weight bit for bit.
+    """
 
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
@@ -35,6 +38,10 @@ class Delta:
     @property
     def low_rank(self) -> bool:
         return self.dense_ is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.b.shape[0], self.a.shape[1]) if self.low_rank else tuple(self.dense_.shape)
 
     def dense(self) -> torch.Tensor:
         """The whole change."""
@@ -49,6 +56,25 @@ Deltas = Mapping[str, Delta]
 """Changes by the name of the base model's parameter."""
 
 
+class Lazy(Mapping[str, Delta]):
+    """Changes that are read when they are asked for, each time anew. `keep` is whatever must live as long as they may be read."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], Delta]], keep: Any = None):
+        self._loaders, self._keep = dict(sorted(loaders.items())), keep
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._loaders[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaders
+
+
 def add(parts: Sequence[Delta]) -> Delta:
     """The sum of changes of one weight. Low-rank changes stay so, exactly: their factors are put side by side, and the ranks add up.
 
@@ -58,7 +84,7 @@ def add(parts: Sequence[Delta]) -> Delta:
 
     if all(p.low_rank for p in parts):
         return Delta(torch.cat([p.a for p in parts]), torch.cat([p.b for p in parts], dim=1))
-    total = parts[0].dense().clone()
+    total = parts[0].dense().to(max((p.dense_.dtype for p in parts if not p.low_rank), key=lambda t: t.itemsize), copy=True)
     for part in parts[1:]:
         total += part.dense()
     return Delta(dense_=total)
@@ -86,16 +112,38 @@ def _balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> Delta:
     return Delta((root[:, None] * vh).float(), (u * root).float())
 
 
+def inner(one: Delta, two: Delta) -> float:
+    """Sum of the products of two changes' entries, in float64; of low-rank ones from the small products of their factors."""
+    if one.low_rank and two.low_rank:
+        return float(((one.a.double() @ two.a.double().T) * (one.b.double().T @ two.b.double())).sum())
+    return float((one.dense().double() * two.dense().double()).sum())
+
+
 def norm(deltas: Deltas) -> float:
-    """Frobenius norm of all changes together; of low-rank ones from the small Gram matrices of their factors."""
-    total = 0.0
-    for d in deltas.values():
-        if d.low_rank:
-            a, b = d.a.double(), d.b.double()
-            total += float(((a @ a.T) * (b.T @ b)).sum())
-        else:
-            total += float(d.dense_.double().pow(2).sum())
-    return max(total, 0.0) ** 0.5
+    """Frobenius norm of all changes together."""
+    return max(sum(inner(d, d) for d in map(deltas.__getitem__, deltas)), 0.0) ** 0.5
+
+
+@dataclass
+class Loss:
+    """Adds up what is lost weight by weight: squared norms of what was lost and of the change it was lost from."""
+
+    lost: float = 0.0
+    whole: float = 0.0
+
+    def count(self, before: Delta, after: Delta | None) -> None:
+        """One weight's change before and after (None: nothing is left of it)."""
+        size = inner(before, before)
+        gone = size if after is None else 0.0
+        if after is not None and after is not before:
+            rest = add([before, after.times(-1)])
+            gone = max(inner(rest, rest), 0.0)
+        self.lost, self.whole = self.lost + gone, self.whole + size
+
+    @property
+    def share(self) -> float:
+        """Norm of what was lost as a share of the norm of the change."""
+        return (self.lost / self.whole) ** 0.5 if self.whole > 0 else 0.0
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -116,27 +164,48 @@ def same_base(folders: Mapping[str, Path]) -> dict[str, Any]:
     return own
 
 
-def read(folder: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, Delta]:
-    """The changes of an adapter. `base` gives the base model's weights, and is called only for an adapter of whole weights.
+def read(folder: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> Lazy:
+    """The changes of an adapter, read when they are asked for. `base` gives the base model's weights, and is called only for an adapter of whole weights.
 
+    A packed adapter (see the slot `compress`) is unpacked into a temporary folder for as long as its changes are in use.
     Raises ConfigError for adapters whose effect is no sum of weight changes (DoRA, prompts, adapters in series).
     """
-    from safetensors.torch import load_file
+    from ftpipe.models.adapters import plain
+    from ftpipe.train.adapt._weights import tensor_files
 
-    if (folder / FULL).is_file():
-        weights = base()
-        return {n: Delta(dense_=t.float() - weights[n].float()) for n, t in sorted(load_file(folder / FULL).items())}
+    stack = ExitStack()
+    folder = stack.enter_context(plain(folder, base))
+    if files := tensor_files(folder):
+        return Lazy({name: partial(_whole, path, name, base) for name, path in files.items()}, keep=stack)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type") or "its method"
         raise ConfigError(f"an adapter of {kind} is no sum of weight changes and cannot be computed with", where=str(folder), remedy="use LoRA or full weights")
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        path, _, side = name.removeprefix(PREFIX).partition(".lora_")
-        if side not in ("A.weight", "B.weight") or tensor.dim() != 2:
-            raise ConfigError(f"tensor {name} is no part of a LoRA of linear layers", where=str(folder), remedy="train without extra modules or biases")
-        found.setdefault(path, {})[side[0]] = tensor.float()
-    return {f"{path}.weight": Delta(pair["A"], pair["B"] * _scale(config, path)) for path, pair in sorted(found.items())}
+    if config.get("fan_in_fan_out"):
+        raise ConfigError("this LoRA is of layers that keep their weights transposed (GPT-2's Conv1D), which cannot be computed with", where=str(folder),
+                          remedy="merge it into the base model first and use the whole weights")
+    from safetensors import safe_open
+
+    found: dict[str, dict[str, str]] = {}
+    with safe_open(folder / WEIGHTS, framework="pt") as f:
+        for name in f.keys():  # noqa: SIM118 (not a dict)
+            path, _, side = name.removeprefix(PREFIX).partition(".lora_")
+            if side not in ("A.weight", "B.weight") or len(f.get_slice(name).get_shape()) != 2:
+                raise ConfigError(f"tensor {name} is no part of a LoRA of linear layers", where=str(folder), remedy="train without extra modules or biases")
+            found.setdefault(path, {})[side[0]] = name
+    return Lazy({f"{path}.weight": partial(_pair, folder / WEIGHTS, pair, _scale(config, path)) for path, pair in found.items()}, keep=stack)
+
+
+def _pair(file: Path, names: Mapping[str, str], scale: float) -> Delta:
+    return Delta(tensor(file, names["A"]).float(), tensor(file, names["B"]).float() * scale)
+
+
+def _whole(file: Path, name: str, base: Callable[[], Mapping[str, torch.Tensor]]) -> Delta:
+    import torch
+
+    tuned = tensor(file, name)
+    wide = torch.float64 if tuned.dtype.itemsize >= 4 else torch.float32
+    return Delta(dense_=tuned.to(wide).sub_(base()[name].to(wide)))
 
 
 def _scale(config: dict[str, Any], path: str) -> float:
@@ -145,73 +214,3 @@ def _scale(config: dict[str, Any], path: str) -> float:
 
     rank, alpha = of(config.get("rank_pattern"), config["r"]), of(config.get("alpha_pattern"), config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def write(folder: Path, deltas: Deltas, facts: Mapping[str, Any], base: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-    """Write an adapter folder: a LoRA where every change is of low rank (smaller ranks are filled up with zeros), whole weights otherwise.
-
-    facts: those of an adapter that went into it; base, tokenizer, chat template and type are taken over.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    from ftpipe.train.adapt.lora import Lora
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if all(d.low_rank for d in deltas.values()):
-        rank = max(d.a.shape[0] for d in deltas.values())
-        tensors = {}
-        for name, d in sorted(deltas.items()):
-            short = rank - d.a.shape[0]
-            path = PREFIX + name.removesuffix(".weight")
-            tensors[f"{path}.lora_A.weight"] = torch.cat([d.a, d.a.new_zeros(short, d.a.shape[1])]).contiguous()
-            tensors[f"{path}.lora_B.weight"] = torch.cat([d.b, d.b.new_zeros(d.b.shape[0], short)], dim=1).contiguous()
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        modules = sorted(n.removesuffix(".weight") for n in deltas)
-        lora = Lora(r=rank, alpha=rank, target_modules=modules)
-        config = lora.config().to_dict() | {"base_model_name_or_path": facts["base"].get("model"), "inference_mode": True}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
-        method: dict[str, Any] = lora.dump()
-        count = sum(t.numel() for t in tensors.values())
-    else:
-        weights = base()
-        dtype = getattr(torch, facts.get("dtype", "float32"))
-        whole = {n: (weights[n] + d.dense()).to(dtype).contiguous() for n, d in sorted(deltas.items())}
-        save_file(whole, folder / FULL, metadata={"format": "pt"})
-        method, count = {"full": {}}, sum(t.numel() for t in whole.values())
-    kept = {k: facts[k] for k in ("base", "tokenizer", "chat_template", "dtype") if k in facts}
-    (folder / FACTS).write_text(json.dumps(kept | {"method": method, "trainable": count}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def base_weights(model: str, env: Environment) -> Callable[[], dict[str, torch.Tensor]]:
-    """A function that loads the base model's weights once, in float32 on the CPU, by parameter name."""
-    from functools import lru_cache
-
-    @lru_cache
-    def load() -> dict[str, torch.Tensor]:
-        from ftpipe.models.loading import load_model
-
-        return dict(load_model(model, env, dtype="float32", device="cpu").state_dict())
-
-    return load
-
-
-def probe(model: str, env: Environment, deltas: Deltas, dtype: str, path: Path) -> None:
-    """Write `probe.safetensors`: logits of the base model with the changes added to its weights. It does not go through the adapter folder, so
-    that whoever loads the folder and compares finds out if it does not hold what was computed."""
-    import torch
-    from safetensors.torch import save_file
-
-    from ftpipe.evaluate.suites.general_text import OWN
-    from ftpipe.models.loading import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(model, env)
-    lines = OWN.read_text(encoding="utf-8").splitlines()[:PROBE_ROWS]
-    ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:PROBE_TOKENS] for line in lines])
-    loaded = load_model(model, env, dtype=dtype, device="cpu")  # type: ignore[arg-type]
-    parameters = dict(loaded.named_parameters())
-    with torch.inference_mode():
-        for name, delta in deltas.items():
-            parameters[name].copy_((parameters[name].float() + delta.dense()).to(parameters[name].dtype))
-        logits = loaded(input_ids=ids, use_cache=False).logits[:, -1].float()
-    save_file({"input_ids": ids, "logits": logits.contiguous()}, path)

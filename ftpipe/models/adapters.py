@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise ArtifactError(f"{MANIFEST} lacks {', '.join(missing)}", where=str(path))
     return manifest
+
+
+@contextmanager
+def plain(folder: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> Iterator[Path]:
+    """The adapter as a training method writes it: the folder itself or, for one that was packed (slot `compress`), its unpacked form in a temporary folder.
+
+    base: gives the base model's weights by name, float32; called only where the packed form needs them.
+    """
+    packed = read_manifest(folder).get("packed")
+    if packed is None:
+        yield Path(folder)
+        return
+    from ftpipe import slots
+
+    with tempfile.TemporaryDirectory(prefix="ftpipe-") as temporary:
+        out = Path(temporary) / "adapter"
+        slots.parse("compress", packed["method"]).expand(Path(folder), out, base)  # type: ignore[attr-defined]
+        yield out
 
 
 def checked(folder: Path, base: Mapping[str, str], model: torch.nn.Module, *, allow_zero: bool = False) -> dict[str, Any]:

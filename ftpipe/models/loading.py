@@ -136,12 +136,15 @@ def load_adapted(model: str, env: Environment, adapter: Path, *, dtype: DType = 
         allow_zero: load an adapter that changes nothing (one that training left where it started) instead of raising ArtifactError.
     """
     from ftpipe import slots
-    from ftpipe.models.adapters import checked
+    from ftpipe.models.adapters import checked, plain, read_manifest
+    from ftpipe.models.weights import base_weights
 
-    base = load_model(model, env, dtype=dtype, device="cpu")
-    manifest = checked(adapter, identity(model, env), base, allow_zero=allow_zero)
-    method: Any = slots.parse("train/adapt", manifest["method"])
-    loaded = method.load(base, Path(adapter))
+    base, who = load_model(model, env, dtype=dtype, device="cpu"), identity(model, env)
+    checked(adapter, who, base, allow_zero=allow_zero)
+    with plain(adapter, base_weights(model, env)) as folder:
+        manifest = checked(folder, who, base, allow_zero=allow_zero) if folder != Path(adapter) else read_manifest(folder)
+        method: Any = slots.parse("train/adapt", manifest["method"])
+        loaded = method.load(base, folder)
     return loaded.to(device or default_device()).eval()
 
 

@@ -28,7 +28,9 @@ class Edit(Stage):
         return {"base": identity(self.model, env)}
 
     def run(self, ctx: StageContext) -> None:
-        from ftpipe.merge._deltas import base_weights, facts_of, norm, probe, read, write
+        from ftpipe.merge._deltas import facts_of, norm, read
+        from ftpipe.merge._weights import probe, write
+        from ftpipe.models.weights import base_weights
 
         folder = ctx.inputs[self.adapter].file("adapter")
         facts, base = facts_of(folder), base_weights(self.model, ctx.env)

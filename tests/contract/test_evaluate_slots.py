@@ -15,7 +15,8 @@ from ftpipe.tune.base import Trial
 
 MINE = ("evaluate/suites", "evaluate/diagnostics", "merge", "edit", "compress", "tune")
 METHODS = [(slot, name) for slot in MINE for name in slots.slots()[slot].names()]
-REQUIRED = {("evaluate/suites", "lm_eval"): {"tasks": ["x"]}, ("tune", "grid"): {"values": {"stages.a.x": [1, 2], "stages.a.y": [3, 4]}}}
+REQUIRED = {("evaluate/suites", "lm_eval"): {"tasks": ["x"]}, ("tune", "grid"): {"values": {"stages.a.x": [1, 2], "stages.a.y": [3, 4]}},
+            ("merge", "greedy_soup"): {"rows": "curated"}, ("merge", "regmean"): {"rows": {"one": "a", "two": "b"}}}
 
 
 def make(slot: str, name: str):

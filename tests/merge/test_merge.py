@@ -30,7 +30,8 @@ def artifact(env: Environment, folder: Path, name: str) -> Artifact:
 def stage(world: World, env: Environment, kind: str, names: dict[str, Path], **fields) -> Artifact:
     cls = slots.slots()["stages"].get(kind)
     refs = {"adapters": list(names)} if kind == "merge" else {"adapter": next(iter(names))}
-    return run_stage(env.workspace, cls(model=str(world.model), **refs, **fields), {n: artifact(env, f, n) for n, f in names.items()})
+    more = fields.pop("inputs", {})
+    return run_stage(env.workspace, cls(model=str(world.model), **refs, **fields), {n: artifact(env, f, n) for n, f in names.items()} | more)
 
 
 def logits(world: World, env: Environment, folder: Path):
@@ -101,7 +102,8 @@ def test_equal_to_pefts_concatenation(world: World, env: Environment):
 def test_a_bounded_rank_is_the_best_of_its_rank_and_says_what_it_lost(world: World, env: Environment):
     import torch
 
-    from ftpipe.merge._deltas import base_weights, read
+    from ftpipe.merge._deltas import read
+    from ftpipe.models.weights import base_weights
 
     exact = stage(world, env, "merge", folders(world, "good", "forgets"))
     cut = stage(world, env, "merge", folders(world, "good", "forgets"), method={"linear": {"rank": 3}})
@@ -116,7 +118,8 @@ def test_a_bounded_rank_is_the_best_of_its_rank_and_says_what_it_lost(world: Wor
 
 
 def test_rank_stabilised_and_per_module_scales_are_respected(world: World, env: Environment, tmp_path: Path):
-    from ftpipe.merge._deltas import base_weights, read
+    from ftpipe.merge._deltas import read
+    from ftpipe.models.weights import base_weights
 
     changed = tmp_path / "rslora"
     shutil.copytree(world.adapters["good"], changed)

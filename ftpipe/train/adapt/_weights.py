@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "weights.safetensors"
+INDEX = "weights.safetensors.index.json"
+"""Which file holds which tensor, where they are too large for one file."""
 
 
 class WeightsAdapt(Adapt):
@@ -42,10 +45,12 @@ class WeightsAdapt(Adapt):
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         import torch
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         parameters = dict(model.named_parameters())
-        for name, value in load_file(folder / WEIGHTS).items():
+        for name, file in tensor_files(folder).items():
+            with safe_open(file, framework="pt") as f:
+                value = f.get_tensor(name)
             if name not in parameters or parameters[name].shape != value.shape:
                 raise ArtifactError(f"tensor {name} {list(value.shape)} does not fit the base model", where=str(folder))
             with torch.no_grad():
@@ -54,6 +59,24 @@ class WeightsAdapt(Adapt):
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of an adapter of whole weights; empty for other adapters. Raises ArtifactError for an unreadable index or a missing file."""
+    from safetensors import safe_open
+
+    if (folder / INDEX).is_file():
+        try:
+            files = {name: folder / Path(file).name for name, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"the index of the weights cannot be read: {error}", where=str(folder / INDEX)) from error
+        if missing := sorted({p.name for p in files.values() if not p.is_file()}):
+            raise ArtifactError(f"weight files are missing: {', '.join(missing[:3])}", where=str(folder), remedy="copy or make the adapter again")
+        return dict(sorted(files.items()))
+    if not (folder / WEIGHTS).is_file():
+        return {}
+    with safe_open(folder / WEIGHTS, framework="pt") as f:
+        return dict.fromkeys(sorted(f.keys()), folder / WEIGHTS)
 
 
 def refuse_empty(names: list[str], what: str, remedy: str) -> list[str]:
