@@ -93,5 +93,5 @@ class Compress(Stage):
 
 
 def _bytes(folder: Path) -> int:
-    """Bytes of the tensor files. (The JSON beside them is a few hundred bytes in every form.)"""
-    return sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    """Bytes of all that the adapter needs to be loaded: tensors, and the JSON beside them."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
