@@ -40,7 +40,7 @@ def write_packed(out: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[
     out.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, out / FILE, metadata={"format": "pt"})
     facts = dict(facts) | {"packed": {"method": method.dump(), **extra}}
-    (out / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (out / FACTS).write_text(json.dumps(facts, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_packed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

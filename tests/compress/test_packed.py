@@ -139,7 +139,8 @@ def test_distillation_moves_the_scales_alone_and_helps_on_rows_it_did_not_see(wo
 
     def error(folder: Path) -> float:
         shown = torch.tensor([list(range(3, 40))])
-        found = [load_adapted(str(world.model), env, f, dtype="float32")(input_ids=shown).logits for f in (folder, full["full"] / "adapter")]
+        with torch.inference_mode():
+            found = [load_adapted(str(world.model), env, f, dtype="float32")(input_ids=shown).logits for f in (folder, full["full"] / "adapter")]
         return float((found[0] - found[1]).pow(2).mean())
 
     assert error(made.file("adapter")) != error(plain.file("adapter"))
@@ -178,7 +179,7 @@ def test_compeft_keeps_the_signs_of_the_largest(kind: str, world: World, env: En
     assert torch.allclose(decoded[kept], c * flat[kept].sign(), atol=1e-6) and flat[kept].abs().min() >= flat[~kept].abs().max()
     said = made.json("compress.json")
     assert said["lost"] == pytest.approx(float((flat - decoded).norm() / flat.norm()), rel=1e-4)
-    assert said["bits_per_parameter"] <= 1.15 * entropy(0.2) and said["bytes_after"] < said["bytes_before"] / 4
+    assert said["bits_per_parameter"] <= 1.15 * entropy(0.2) and said["bytes_after"] < said["bytes_before"] / (3 if kind == "lora" else 6)
     assert said["alpha"] == pytest.approx(2.5) and ("lora_B" in said["kept"]) == (kind == "lora")
     assert set(said["scores"]) == {"base", "before", "after"}
     probe = load_file(made.file("probe.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,66 +110,63 @@ from tests.merge.test_merge import artifact
 from ftpipe.stages.base import Environment
 from ftpipe.stages.merge import Merge
 from ftpipe.models.loading import identity
+from ftpipe.models.weights import tensor
+from ftpipe.train.adapt._weights import tensor_files
 from tests.tiny import make_tiny_model
 
-torch.set_num_threads(1)
-folder, count = Path(sys.argv[1]), int(sys.argv[2])
-env = Environment(folder, folder, "test")
-model = make_tiny_model(folder / "model")
-names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(count)]
-(model / "model.safetensors").unlink()
-def shards(out, scale, index):
-    where = {}
-    for start in range(0, count, 8):
-        part = names[start:start + 8]
-        file = f"{out.name}-{start}.safetensors"
-        save_file({n: torch.full((512, 1024), scale * (i + 1)).bfloat16() for i, n in enumerate(part, start)}, out / file)
-        where |= dict.fromkeys(part, file)
-    (out / index).write_text(json.dumps({"weight_map": where}))
-shards(model, 1.0, "model.safetensors.index.json")
-facts = {"method": {"full": {}}, "base": identity(str(model), env), "dtype": "bfloat16"}
-inputs = {}
-for name, scale in (("a", 2.0), ("b", 4.0)):
-    out = folder / name / "adapter"
-    out.mkdir(parents=True)
-    shards(out, scale, "weights.safetensors.index.json")
-    (out / "ftpipe_adapter.json").write_text(json.dumps(facts))
-    inputs[name] = artifact(env, folder / name, name)
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-def merge(method):
-    peak, before, stop = [0], anonymous(), threading.Event()
-    def watch():
-        while not stop.is_set():
-            peak[0] = max(peak[0], anonymous() - before)
-            time.sleep(0.002)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    made = run_stage(folder, Merge(adapters=["a", "b"], model=str(model), method=method, probe=False, shard=0.008), inputs)
-    stop.set(); thread.join()
-    return made, peak[0]
-merge("linear")
-made, peak = merge("linear")
-ties, ties_peak = merge({"ties": {"density": 0.5}})
-from ftpipe.merge._deltas import tensor
-from ftpipe.train.adapt._weights import tensor_files
-files = tensor_files(made.file("adapter"))
-right = all(bool((tensor(files[n], n) == torch.tensor(3.0 * (i + 1)).bfloat16()).all()) for i, n in enumerate(names))
-print(json.dumps({"peak": peak, "ties": ties_peak, "model": count * 512 * 1024 * 2, "right": right, "files": len(set(files.values()))}))
+
+def merge(folder, count, methods):
+    env = Environment(folder, folder, "test")
+    model = make_tiny_model(folder / "model")
+    (model / "model.safetensors").unlink()
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(count)]
+    def shards(out, scale, index):
+        where = {}
+        for start in range(0, count, 8):
+            part, file = names[start:start + 8], f"{out.name}-{start}.safetensors"
+            save_file({n: torch.full((512, 1024), scale * (i + 1)).bfloat16() for i, n in enumerate(part, start)}, out / file)
+            where |= dict.fromkeys(part, file)
+        (out / index).write_text(json.dumps({"weight_map": where}))
+    shards(model, 1.0, "model.safetensors.index.json")
+    facts, inputs = {"method": {"full": {}}, "base": identity(str(model), env), "dtype": "bfloat16"}, {}
+    for name, scale in (("a", 2.0), ("b", 4.0)):
+        out = folder / name / "adapter"
+        out.mkdir(parents=True)
+        shards(out, scale, "weights.safetensors.index.json")
+        (out / "ftpipe_adapter.json").write_text(json.dumps(facts))
+        inputs[name] = artifact(env, folder / name, name)
+    peaks = []
+    for method in methods:
+        peak, before, stop = [0], anonymous(), threading.Event()
+        def watch():
+            while not stop.is_set():
+                peak[0] = max(peak[0], anonymous() - before)
+                time.sleep(0.002)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        made = run_stage(folder, Merge(adapters=["a", "b"], model=str(model), method=method, probe=False, shard=0.004), inputs)
+        stop.set(); thread.join()
+        peaks.append(peak[0])
+        if method == "linear":
+            files = tensor_files(made.file("adapter"))
+            assert all(bool((tensor(files[n], n) == torch.tensor(3.0 * (i + 1)).bfloat16()).all()) for i, n in enumerate(names))
+            assert len(set(files.values())) == count // 5 + 1, files.values()
+    return peaks
+
+folder, methods = Path(sys.argv[1]), ["linear", {"ties": {"density": 0.5}}]
+merge(folder / "warm", 8, methods)
+print(json.dumps({count: merge(folder / str(count), count, methods) for count in (16, 72)}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
-    """Three models of 64 MiB (bfloat16) are merged in the memory of a few weights of 1 MiB and one shard of 8 MiB; a quarter of the size takes the same."""
-    found = {}
-    for count in (16, 64):
-        (tmp_path / str(count)).mkdir()
-        run = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / str(count)), str(count)], capture_output=True, text=True, timeout=250)
-        assert run.returncode == 0, run.stderr[-2000:]
-        found[count] = json.loads(run.stdout.splitlines()[-1])
-    print(found)
-    for method in ("peak", "ties"):
-        assert found[64][method] < 0.5 * found[64]["model"], found
-        assert found[64][method] < found[16][method] + 8 * 2**20, found
-    assert found[64]["right"] and found[64]["files"] > 8
+    """Three models of 72 MiB (bfloat16) are merged in the memory of a few weights of 1 MiB and one shard of 4 MiB; models of 16 MiB take about the same."""
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}  # what is freed goes back to the system at once, so that what is seen is in use
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=400, env=os.environ | at_once)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    for small, large in zip(found["16"], found["72"]):
+        assert large < 36 * 2**20 and large < small + 12 * 2**20, found
