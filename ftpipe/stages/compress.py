@@ -16,6 +16,8 @@ from ftpipe.slots import choose
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 
 PROBE = "probe.safetensors"
+ROUNDED = 0.01
+"""A loss above that of rounding to bfloat16, and below that of anything coarser."""
 
 
 class Compress(Stage):
@@ -57,8 +59,8 @@ class Compress(Stage):
             said["lost_of_the_change"] = lost.share
             if changed:
                 changed.write_probe(ctx.out / PROBE)
-        except ConfigError:  # no sum of weight changes: the trained model's own logits must then hold for the smaller adapter too
-            if self.probe and ctx.inputs[self.adapter].has(PROBE):
+        except ConfigError:  # no sum of weight changes: the trained model's own logits must then hold for the smaller adapter too, if it is merely rounded
+            if self.probe and said["lost"] < ROUNDED and ctx.inputs[self.adapter].has(PROBE):
                 shutil.copyfile(ctx.inputs[self.adapter].file(PROBE), ctx.out / PROBE)
         sizes = {"bytes_before": _bytes(source), "bytes_after": _bytes(out)}
         if self.rows:

@@ -214,7 +214,10 @@ def test_compeft_counts_ia3_from_one(world: World, env: Environment, tmp_path: P
     method.save(wrapped, state, folder)
     facts = json.loads((world.adapters["good"] / "adapter" / "ftpipe_adapter.json").read_text()) | {"method": method.dump()}
     (folder / "ftpipe_adapter.json").write_text(json.dumps(facts))
+    save_file({"input_ids": torch.tensor([[3, 4]]), "logits": torch.zeros(1, 259)}, tmp_path / "ia3" / "probe.safetensors")
     made = stage(world, env, "compress", {"ia3": tmp_path / "ia3"}, method={"compeft": {"density": 0.25}})
+    assert not made.has("probe.safetensors"), "the logits before are not those after"
+    assert stage(world, env, "compress", {"ia3": tmp_path / "ia3"}).has("probe.safetensors"), "but rounding changes little"
     from ftpipe.models.adapters import plain
 
     with plain(made.file("adapter"), base_weights(str(world.model), env)) as back:
