@@ -249,3 +249,13 @@ def test_breadcrumbs_with_everything_kept_is_task_arithmetic_bit_for_bit():
     assert masked["scalar"] == changes["a"]["scalar"], "a scalar has no ranks"
     with pytest.raises(ValueError, match="more than everything"):
         method("breadcrumbs", keep=0.9, outliers=0.2)
+
+
+def test_stages_named_inside_a_method_are_inputs_of_the_merge():
+    from ftpipe.stages.base import with_refs
+    from ftpipe.stages.merge import Merge
+
+    soup = Merge(adapters=["a", "b"], method={"greedy_soup": {"rows": "curated"}})
+    fused = Merge(adapters=["a", "b"], method={"lines": {"beta": 0.5, "method": {"regmean": {"rows": {"a": "rows_a", "b": "rows_b"}}}}})
+    assert soup.refs() == ["a", "b", "curated"] and fused.refs() == ["a", "b", "rows_a", "rows_b"]
+    assert with_refs(fused, lambda n: f"{n}/last").refs() == ["a/last", "b/last", "rows_a/last", "rows_b/last"]
