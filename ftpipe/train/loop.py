@@ -102,7 +102,7 @@ def _check_first_batch(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int],
         return None
     sequences = [Example(e.row_id, (ids,), (trained,)) for e in rows.examples(min(packs, key=len))
                  for ids, trained in zip(e.input_ids, e.trained, strict=True)]
-    with _autocast(run):
+    with run.autocast():
         return check_packing(run.model, lay_out(sequences, 1.0, run.device), [lay_out([s], 1.0, run.device) for s in sequences], job.dtype)
 
 
@@ -183,12 +183,6 @@ def _out_of_memory(batches: Sequence[Batch], where: str) -> TrainingError:
     return TrainingError(f"out of memory on a micro-batch of {max(b.tokens for b in batches)} tokens", where=where,
                          remedy="lower batch_tokens (it changes nothing but memory and speed); if one row is that long, lower max_tokens; more ranks or a "
                          "higher ZeRO stage spread optimizer state and gradients")
-
-
-def _autocast(run: Run):
-    import torch
-
-    return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16")
 
 
 def _some(ids: Sequence[str]) -> str:
