@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -190,11 +191,11 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def _memory(run: Run) -> int:
-    """Bytes: most ever allocated on the GPU, or resident now on the CPU."""
+    """Bytes: most ever allocated on the GPU, or most ever resident on the CPU."""
     import torch
 
     if str(run.device).startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    import psutil
+    import resource
 
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

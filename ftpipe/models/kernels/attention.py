@@ -35,8 +35,8 @@ def forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, 
             scaling: float | None = None, position_ids: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
     """Attention as transformers' models call it: query [1, heads, T, d], key and value [1, key heads, T, d]; returns [1, T, heads, d].
 
-    Sequences are found where `position_ids` start again at 0. What this cannot do (a batch of several, a cache, a window shorter than a sequence, dropout, other
-    devices) is left to torch's attention with the mask, so that the result is the same everywhere.
+    Sequences are found where `position_ids` start again at 0. What this cannot do (a batch of several, a cache, a window shorter than a sequence, dropout,
+    other devices) is left to torch's attention with the mask, so that the result is the same everywhere.
     """
     lengths = _lengths(module, query, key, value, dropout, position_ids, kwargs)
     if lengths is None:
@@ -64,7 +64,8 @@ def _lengths(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 
 class PackedAttention(torch.autograd.Function):
-    """softmax(scale q k^T + causal mask) v for each sequence alone. q [heads, T, d]; k, v [key heads, T, d], heads a multiple of key heads; returns [heads, T, d].
+    """softmax(scale q k^T + causal mask) v for each sequence alone. q [heads, T, d]; k, v [key heads, T, d], heads a
+    multiple of key heads; returns [heads, T, d].
 
     Products are in the type of the inputs, softmax is computed in float32 and its result rounded to that type. Probabilities are kept for the backward pass
     for blocks that are not larger than one sequence of `BLOCK`, and computed again for longer sequences, so memory grows with the tokens and not their square.

@@ -1,7 +1,7 @@
 """LoRA on a linear layer as one differentiable function.
 
-PEFT computes result + lora_B(lora_A(x)) * scaling with each part as an operation of its own: x is copied to float32 for the float32 adapter and back to the type of
-autocast, and the output is passed over for the product, the scaling and the sum. Here the second product adds into the output of the first, in both
+PEFT computes result + lora_B(lora_A(x)) * scaling with each part as an operation of its own: x is copied to float32 for the float32 adapter and back to
+the type of autocast, and the output is passed over for the product, the scaling and the sum. Here the second product adds into the output of the first, in both
 directions, and the only tensor kept for the backward pass that the frozen layer alone would not keep is x A^T.
 """
 
