@@ -48,9 +48,9 @@ def main(arm: str, task: dict) -> dict:
                 losses.append(float(logs["loss"]))
 
     steps = len(task["rows"]) // task["rows_per_step"]
-    common = {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": task["rows_per_step"], "max_steps": steps,
-              "learning_rate": task["learning_rate"], "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-              "train_sampling_strategy": "sequential", "weight_decay": 0.0}
+    common = {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": task["rows_per_step"], "max_steps": steps, "logging_steps": 1,
+              "learning_rate": task["learning_rate"], "lr_scheduler_type": "constant", "weight_decay": 0.0, "train_sampling_strategy": "sequential",
+              "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     if arm == "trainer":
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(task["model"]), lora)
         rows = [{"input_ids": r["input_ids"], "attention_mask": [1] * len(r["input_ids"]),
