@@ -11,6 +11,7 @@ from ftpipe.canonical import digest
 from ftpipe.errors import ConfigError
 from ftpipe.models.hashes import cached_digest
 from ftpipe.models.locate import Source, locate, weight_files
+from ftpipe.models.memory import keep_freed_memory
 from ftpipe.stages.base import Environment
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
         raise ConfigError(f"the model {model!r} cannot be loaded: {str(error)[:500]}", where=str(where)) from error
     loaded.config.use_cache = False
     loaded = loaded.to(device or default_device()).eval()
+    keep_freed_memory()
     return quantize.quantize(loaded) if quantize else loaded
 
 

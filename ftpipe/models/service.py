@@ -93,8 +93,11 @@ class ModelService:
     def open(cls, model: str, env: Environment, *, adapter: Path | None = None, dtype: DType = "bfloat16", device: str | None = None,
              max_length: int | None = None) -> ModelService:
         """The service for a model as the configuration names it, with the adapter of a folder if one is given."""
+        from ftpipe.models import kernels
+
         loaded = load_model(model, env, dtype=dtype, device=device) if adapter is None else \
             load_adapted(model, env, adapter, dtype=dtype, device=device, allow_zero=True)
+        kernels.install(loaded)
         return cls(loaded, load_tokenizer(model, env), max_length=max_length)
 
     def companion(self, model: str, env: Environment, *, adapter: Path | None = None) -> ModelService:

@@ -55,6 +55,8 @@ class Train(Stage):
     kernels: bool = Field(default=True, description="Compute attention, LoRA and feed-forward layers by ftpipe's faster functions where they apply; "
                           "false leaves all to torch, transformers and PEFT. The results differ by rounding.")
     clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    diverged: float = Field(default=2.0, ge=0, description="Stop when the loss climbs to this many times its lowest (means over 8 steps), plus one nat; "
+                            "0 goes on whatever happens.")
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
 
@@ -73,7 +75,7 @@ class Train(Stage):
 
     def key_fields(self) -> dict[str, Any]:
         # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
-        return self.model_dump(mode="json", exclude={"ranks", "zero", "checkpoint_every", "heartbeat"})
+        return self.model_dump(mode="json", exclude={"ranks", "zero", "checkpoint_every", "heartbeat", "diverged"})
 
     def externals(self, env: Environment) -> dict[str, Any]:
         from ftpipe.models.loading import identity
@@ -130,4 +132,4 @@ class Train(Stage):
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
                    checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
-                   kernels=self.kernels)
+                   kernels=self.kernels, diverged=self.diverged)

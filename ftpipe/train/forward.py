@@ -38,7 +38,13 @@ def logits(model: torch.nn.Module, batch: Batch, sources: torch.Tensor | None = 
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """-log p of each target, float32 [K]."""
+    """-log p of each target, float32 [K]. They are noted in `batch.losses` too."""
+    losses = _token_losses(model, batch)
+    batch.losses = losses.detach()
+    return losses
+
+
+def _token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     import torch
     from torch.nn.functional import cross_entropy
 

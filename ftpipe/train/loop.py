@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ftpipe.train.lifeline import Reporter
 
 PROBES, PROBE_TOKENS = 4, 64
+WINDOW = 8
+"""Steps over which a loss is averaged before it counts as high."""
 
 
 def train(job: Job, report: Reporter) -> None:
@@ -50,6 +52,7 @@ def train(job: Job, report: Reporter) -> None:
             run.step, (run.epoch, numbers) = step, steps[step]
             record = one_step(run, plan, rows, numbers, job.learning_rate * factor(step), report)
             metrics.append(record)
+            stop_if_diverged(metrics, job.diverged)
             if job.checkpoint_every and (step + 1) % job.checkpoint_every == 0 and step + 1 < len(steps):
                 _write_checkpoint(run, Path(job.checkpoints), metrics, report)
         _finish(run, job, rows, steps, metrics, packing, report)
@@ -85,13 +88,42 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
         loss = run.optimizer.take_step(run, batches)
     run.adapt.after_step(run)
     tokens = sum(rows.lengths[n] for n in numbers)
-    trained = run.sum(float(sum(b.targets.numel() for b in batches if b.weight)))
-    record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": run.sum(loss) / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
+    names, by_source = sorted(run.sums), _by_source(run, batches, rows)
+    total, trained, *sums = run.sum_each([loss, float(sum(b.targets.numel() for b in batches if b.weight)), *(run.sums[n] for n in names), *by_source])
+    losses, counts = sums[len(names)::2], sums[len(names) + 1::2]
+    record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": total / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
               "tokens": tokens, "trained_tokens": int(trained), "rows": len(numbers), **run.metrics,
-              **{name: run.sum(run.sums[name]) / count for name in sorted(run.sums)}}
+              **{n: s / count for n, s in zip(names, sums)},
+              **{f"loss/{n}": s / c for n, s, c in zip(rows.sources, losses, counts) if c and len(rows.sources) > 1}}
     seconds = time.monotonic() - began
     report("step", of=run.steps, **record, seconds=seconds, tokens_per_second=tokens / seconds, memory_bytes=_memory(run))
     return record
+
+
+def _by_source(run: Run, batches: Sequence[Batch], rows: Rows) -> list[float]:
+    """For each source of rows the sum of its tokens' losses in this rank's micro-batches, and how many tokens that were."""
+    import torch
+
+    found = torch.zeros(len(rows.sources), 2, dtype=torch.float64)
+    for batch in batches:
+        if batch.weight and batch.losses is not None and len(rows.sources) > 1:
+            of_row = torch.tensor([rows.source_of[i] for i in batch.row_ids])
+            source = of_row[batch.sequence.cpu() // run.objective.sequences]
+            found.index_add_(0, source, torch.stack([batch.losses.double().cpu(), torch.ones(len(source), dtype=torch.float64)], 1))
+    return found.flatten().tolist()
+
+
+def stop_if_diverged(metrics: Sequence[dict[str, Any]], factor: float) -> None:
+    """Raise TrainingError if the loss climbed: its mean over the last `WINDOW` steps is more than `factor` times the lowest such mean so far, plus one nat."""
+    losses = [m["loss"] for m in metrics]
+    if not factor or len(losses) < 2 * WINDOW:
+        return
+    means = [sum(losses[i:i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
+    lowest = min(means[:-1])
+    if means[-1] > factor * lowest + 1:
+        raise TrainingError(f"training diverges: the loss is {means[-1]:.3g} over the last {WINDOW} steps and was {lowest:.3g} before",
+                            where=f"step {metrics[-1]['step']}, learning rate {metrics[-1]['learning_rate']:.3g}, gradient {metrics[-1]['grad_norm']:.3g}",
+                            remedy="lower learning_rate, raise warmup or lower clip; `diverged: 0` goes on regardless")
 
 
 def _check_first_batch(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], job: Job) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class Batch:
     logits are read; targets: int64 [K], the token that follows each of them. sequence: int64 [K], which sequence of the batch each belongs to,
     counted from 0. count: what the loss of this batch is to be divided by together with all others of the step (trained tokens, pairs).
     row_ids: the rows in it. weight: 1, or 0 for a copy that only keeps a rank with less to do in step with the others. extra: whatever else
-    the objective's `collate` put there.
+    the objective's `collate` put there. losses: float32 [K], those that `forward.token_losses` last found for this batch, for the record.
     """
 
     input_ids: torch.Tensor
@@ -51,6 +51,7 @@ class Batch:
     seed: int = 0
     weight: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
+    losses: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -108,14 +109,18 @@ class Run:
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks; every rank calls it at the same time."""
+        return self.sum_each([value])[0]
+
+    def sum_each(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over all ranks; every rank calls it at the same time with equally many."""
         if self.world == 1:
-            return float(value)
+            return [float(v) for v in values]
         import torch
         import torch.distributed as dist
 
-        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return float(total)
+        return total.tolist()
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass: computes in `dtype`."""

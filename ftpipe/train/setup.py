@@ -32,7 +32,7 @@ class Job:
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
-    `models.kernels`.
+    `models.kernels`. diverged: see `loop.stop_if_diverged`.
     """
 
     model: str
@@ -59,6 +59,7 @@ class Job:
     result: str
     rendezvous: str
     kernels: bool = True
+    diverged: float = 0.0
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -173,7 +174,10 @@ def prepare(job: Job, report: Reporter) -> Run:
 
 
 class Rows:
-    """The rendered rows, read from the file that the parent writes; nothing is read before it is asked for."""
+    """The rendered rows, read from the file that the parent writes; token ids are not read before they are asked for.
+
+    lengths, times: of each row, by number. sources: names of where rows come from; source_of: row_id -> number of its source.
+    """
 
     def __init__(self, path: Path):
         import pyarrow as pa
@@ -181,6 +185,9 @@ class Rows:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.lengths: list[int] = self.table["tokens"].to_pylist()
         self.times: list[int] = self.table["times"].to_pylist()
+        sources = self.table["source"].dictionary_encode().combine_chunks()
+        self.sources: list[str] = sources.dictionary.to_pylist()
+        self.source_of: dict[str, int] = dict(zip(self.table["row_id"].to_pylist(), sources.indices.to_pylist()))
 
     def examples(self, rows: Sequence[int]) -> list[Example]:
         """The rows of these numbers as examples."""
@@ -191,14 +198,16 @@ class Rows:
         return found
 
 
-def write_rows(path: Path, examples: Sequence[Example], times: Sequence[int]) -> None:
-    """Write rendered rows for `Rows`, in one move."""
+def write_rows(path: Path, examples: Sequence[Example], times: Sequence[int], sources: Sequence[str] | None = None) -> None:
+    """Write rendered rows for `Rows`, in one move. sources: where each row comes from."""
     import pyarrow as pa
 
     table = pa.table({
         "row_id": pa.array([e.row_id for e in examples], pa.string()),
         "times": pa.array(times, pa.int32()),
+        "source": pa.array(sources or [""] * len(examples), pa.string()),
         "tokens": pa.array([e.tokens for e in examples], pa.int64()),
+        "targets": pa.array([e.targets for e in examples], pa.int64()),
         "input_ids": pa.array([[list(s) for s in e.input_ids] for e in examples], pa.list_(pa.list_(pa.int32()))),
         "trained": pa.array([[list(s) for s in e.trained] for e in examples], pa.list_(pa.list_(pa.bool_()))),
     })

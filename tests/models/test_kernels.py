@@ -80,6 +80,30 @@ def test_lora_layer(bias):
         torch.testing.assert_close(one, two)
 
 
+def test_rms_norm():
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from ftpipe.models.kernels import rms_norm
+
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(6, eps=1e-3).requires_grad_(False)
+    norm.weight.copy_(torch.randn(6))
+    x, up = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
+    reference = norm(x)
+    wanted = torch.autograd.grad(reference, x, up)
+    assert rms_norm.install(norm) == 1
+    own = norm(x)
+    assert torch.equal(own, reference)
+    torch.testing.assert_close(torch.autograd.grad(own, x, up), wanted)
+    norm.weight.requires_grad_()
+    norm(x).sum().backward()
+    assert norm.weight.grad.abs().min() > 0  # trained weights: transformers' own
+    other = GemmaRMSNorm(6).requires_grad_(False)
+    other.weight.copy_(torch.randn(6))
+    assert rms_norm.install(other) == 0
+
+
 @pytest.fixture
 def pair(tiny_model):
     """The tiny model with a LoRA that is not zero, twice: as PEFT made it and with the kernels."""
@@ -96,7 +120,7 @@ def pair(tiny_model):
         if with_kernels:
             found = kernels.install(model)
             layers = model.config.num_hidden_layers
-            assert found == {"attention": 1, "swiglu": layers, "lora": 7 * layers}
+            assert found == {"attention": 1, "swiglu": layers, "lora": 7 * layers, "rms_norm": 2 * layers + 1}
         made.append(model.train())
     return made
 

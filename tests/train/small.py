@@ -28,6 +28,8 @@ class InMemory:
         self.all = examples
         self.lengths = [e.tokens for e in examples]
         self.times = [1] * len(examples)
+        self.sources = ["even", "odd"]
+        self.source_of = {e.row_id: i % 2 for i, e in enumerate(examples)}
 
     def examples(self, rows):
         return [self.all[r] for r in rows]

@@ -261,3 +261,39 @@ def test_the_penalty_of_activations_is_a_mean_over_the_step(model):
         run.regularizers = (One(),)
         with_penalty, without = steps(run, examples(), 1, **settings), steps(plain, examples(), 1, **settings)
         assert with_penalty[0]["loss"] == pytest.approx(without[0]["loss"] + 1.0, abs=EXACT)
+
+
+def test_losses_by_source_add_up_to_the_loss(model):
+    import torch
+
+    from ftpipe.train import forward
+    from ftpipe.train.batches import lay_out
+
+    run, rows = small_run(model), examples()
+    alone = {}
+    for i, row in enumerate(rows[:8]):
+        with torch.no_grad():
+            found = forward.token_losses(run.model, lay_out([row], 1.0))
+        total, count = alone.get(i % 2, (0.0, 0))
+        alone[i % 2] = (total + float(found.sum()), count + len(found))
+    (record,) = steps(run, rows, 1, shuffle=False)
+    for number, name in enumerate(("even", "odd")):
+        total, count = alone[number]
+        assert record[f"loss/{name}"] == pytest.approx(total / count, abs=ROUNDING)
+
+
+def test_a_loss_that_climbs_stops_and_one_that_wavers_does_not():
+    from ftpipe.errors import TrainingError
+    from ftpipe.train.loop import stop_if_diverged
+
+    def record(losses):
+        return [{"loss": x, "step": i + 1, "learning_rate": 0.1, "grad_norm": 1.0} for i, x in enumerate(losses)]
+
+    falls = [5 - 0.05 * i for i in range(60)]
+    for calm in (falls, [0.01, 0.02] * 20, [*falls, 9.0, *falls[-10:]], [3.0] * 8):
+        for n in range(1, len(calm) + 1):
+            stop_if_diverged(record(calm[:n]), 2.0)
+    with pytest.raises(TrainingError, match=r"the loss is 9 .* was 2\.\d+ before") as error:
+        stop_if_diverged(record([*falls, *[9.0] * 8]), 2.0)
+    assert "learning_rate" in error.value.remedy and "step 68" in error.value.where
+    stop_if_diverged(record([*falls, *[9.0] * 8]), 0.0)

@@ -47,6 +47,8 @@ def test_every_row_is_accounted_for(trained):
     seen = {s["row_id"]: s for s in table(ctx, "seen.parquet").to_pylist()}
     assert {r: s["times"] for r, s in seen.items()} == {f"r{i}": 6 if i == 0 else 2 for i in range(24)}
     assert all(1 <= s["first_step"] <= s["last_step"] <= ctx.counts["steps"] for s in seen.values())
+    assert sum(s["times"] * s["tokens"] for s in seen.values()) == ctx.counts["tokens"]
+    assert sum(s["times"] * s["trained_tokens"] for s in seen.values()) == ctx.counts["trained_tokens"]
 
 
 def test_metrics_hold_each_step_and_only_what_a_second_run_repeats(trained):
