@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ftpipe.errors import ConfigError, DataError
-from ftpipe.slots import choose
+from ftpipe.slots import Method, choose
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 from ftpipe.train import launch as launching
+from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.adapt.lora import Lora
 from ftpipe.train.objective.sft import Sft
 from ftpipe.train.optimizer.adamw import Adamw
+from ftpipe.train.regularizer.base import Regularizer
 from ftpipe.train.schedule.linear import Linear
 from ftpipe.train.setup import Job
 
@@ -93,9 +95,16 @@ class Train(Stage):
                 common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in (self.adapt, *self.regularizers, self.optimizer))]
                 raise ConfigError(f"{method.name()} does not work under ZeRO stage {self.zero}",
                                   remedy=f"set zero to {' or '.join(map(str, common))}" if common else "these methods have no ZeRO stage in common")
+        for method in (*self.regularizers, self.optimizer):
+            method.check(self)
         source = pipeline.get(self.rows)
         if source is not None and source.produces not in ("rows", ""):
             raise ConfigError(f"rows names {self.rows!r}, which makes {source.produces}, not rows", remedy="name a stage that passes rows on")
+
+    def act_on_gradients(self) -> list[Method]:
+        """The parts that read or change gradients between backward and update, in the order in which they do."""
+        parts = [(self.adapt, Adapt), *((r, Regularizer) for r in self.regularizers)]
+        return [part for part, base in parts if type(part).on_gradients is not base.on_gradients]
 
     def _ranks(self) -> int:
         return max(1, launching.devices()) if self.ranks == "auto" else self.ranks

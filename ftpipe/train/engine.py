@@ -64,7 +64,9 @@ class Engine:
         self.names = list(parameters)
         self.touched |= dict.fromkeys(self.names)
         self.groups = run.adapt.groups(run.model)
-        optimizer = run.optimizer.build([{k: v for k, v in g.items() if k != "lr_scale"} for g in self.groups])
+        called = {id(p): n for n, p in parameters.items()}
+        named = [g | {"params": [(called[id(p)], p) for p in g["params"]]} for g in self.groups]
+        optimizer = run.optimizer.build([{k: v for k, v in g.items() if k != "lr_scale"} for g in named])
         self.scales = [float(g.get("lr_scale", 1.0)) for g in self.groups]
         root = _root()(run, self)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
