@@ -113,6 +113,9 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
 CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "unequal": {"zero": 2, "batch_tokens": 50, "rows_per_step": 5},
     "l2": {"zero": 3, "regularizers": ["l2_start"]},
+    "mezo": {"optimizer": {"mezo": {"eps": 1e-2}}, "batch_tokens": 50, "rows_per_step": 5},
+    "clip": {"zero": 3, "clip": 0.0, "regularizers": [{"component_clip": {"threshold": 0.05}}]},
+    "q_galore": {"optimizer": {"q_galore": {"rank": 3, "update_gap": 2, "projection": "float32"}}, "adapt": "full"},
 }
 TAKE = ("batch_tokens", "rows_per_step")
 
