@@ -53,6 +53,8 @@ class Train(Stage):
     ranks: int | Literal["auto"] = Field(default="auto", description="Processes that train together; auto is one for each GPU, or one on a CPU.")
     zero: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage: what is spread over the ranks (1 optimizer state, 2 and gradients, 3 and "
                                       "parameters).")
+    offload: Literal["none", "optimizer"] = Field(default="none", description="What is kept in the memory of the CPU beside a GPU: `optimizer` is its state, "
+                                                  "the float32 masters and their gradients (ZeRO stages 1 and 2).")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of frozen weights and of computing; what trains is float32.")
     clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
@@ -73,7 +75,7 @@ class Train(Stage):
 
     def key_fields(self) -> dict[str, Any]:
         # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
-        return self.model_dump(mode="json", exclude={"ranks", "zero", "checkpoint_every", "heartbeat"})
+        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat"})
 
     def externals(self, env: Environment) -> dict[str, Any]:
         from ftpipe.models.loading import identity
@@ -90,6 +92,8 @@ class Train(Stage):
             raise ConfigError(f"{ranks} ranks on {launching.cores()} processors would take turns", remedy=f"set ranks to {launching.cores()} or less")
         if self.zero == 3 and ranks == 1:
             raise ConfigError("ZeRO stage 3 spreads the parameters over ranks, and there is one rank", remedy="set ranks to 2 or more, or zero to 2")
+        if self.offload == "optimizer" and self.zero not in (1, 2):
+            raise ConfigError(f"the optimizer is offloaded under ZeRO stages 1 and 2, and zero is {self.zero}", remedy="set zero to 1 or 2, or offload: none")
         for method in (self.adapt, *self.regularizers, self.optimizer):
             if self.zero not in type(method).zero_stages:
                 common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in (self.adapt, *self.regularizers, self.optimizer))]
@@ -136,4 +140,5 @@ class Train(Stage):
                    seed=self.seed or 0,
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
-                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="")
+                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
+                   offload=self.offload == "optimizer")

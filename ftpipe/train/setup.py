@@ -31,7 +31,7 @@ class Job:
     model, identity, workspace, base: the base model and the environment that finds it. seed. dtype. zero. world: number of ranks. threads: of each.
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
-    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. checks: compare packed with alone.
+    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. offload: optimizer state on the CPU.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Job:
     checkpoint_every: int
     result: str
     rendezvous: str
+    offload: bool = False
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -151,7 +152,7 @@ def prepare(job: Job, report: Reporter) -> Run:
 
     report.alive("loading the model")
     run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
-              device=device, dtype=job.dtype, zero=job.zero, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
+              device=device, dtype=job.dtype, zero=job.zero, offload=job.offload, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
               regularizers=job.part("regularizers"), optimizer=job.part("optimizer"))
     base = load_base()
     report.alive("preparing the model")

@@ -47,6 +47,7 @@ RESUMED = {
     "mezo": {"optimizer": {"mezo": {"eps": 1e-2, "weight_decay": 0.1}}},
     "q_galore": {"optimizer": {"q_galore": {"rank": 3, "update_gap": 1, "cosine": 0.0, "queue": 2, "weights": "int8", "group": 32}}},
     "adamw": {"optimizer": {"adamw": {"weight_decay": 0.1}}, "zero": 2},
+    "adamw offloaded": {"optimizer": {"adamw": {"weight_decay": 0.1}}, "zero": 2, "offload": True},
     "component_clip": {"regularizers": ({"component_clip": {"threshold": 0.05}},), "zero": 2, "clip": 0.0},
 }
 
@@ -62,6 +63,49 @@ def test_a_resumed_run_gives_the_same_bytes(model, tmp_path, name):
     resumed, found = resumed_after(broken, make, tmp_path, examples(), 4, 7)
     assert found == wanted[4:]
     assert same(values(resumed), values(straight))
+
+
+# AdamW
+
+
+def test_the_fused_kernel_is_used_and_gives_the_same_bytes_under_every_layout(model):
+    """A state that torch's other kernel made is taken up as well: its step, of no dimension, and its two moments."""
+    import torch
+
+    found = []
+    for zero, offload in ((0, False), (1, False), (2, False), (1, True), (2, True)):
+        run = small_run(model, zero=zero, offload=offload, clip=0.5, regularizers=({"l2_start": {"strength": 5.0}},))
+        assert run.engine.torch_optimizer.defaults["fused"]
+        records = steps(run, examples(), 4)
+        assert not offload or run.engine.optimizer.cpu_offload
+        found.append((records, values(run), run.engine.optimizer_state()))
+    records, weights, state = found[0]
+    assert any(r["grad_norm"] > 0.5 for r in records), "clipping binds, by the norm that l2_start's part belongs to"
+    for others, theirs, held in found[1:]:
+        assert [r["loss"] for r in others] == pytest.approx([r["loss"] for r in records], abs=1e-6)
+        assert [r["grad_norm"] for r in others] == pytest.approx([r["grad_norm"] for r in records], rel=1e-5)
+        for name, value in theirs.items():
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+            assert {k: v.shape for k, v in held[name].items()} == {k: v.shape for k, v in state[name].items()}
+    assert same(found[3][1], found[1][1]) and same(found[4][1], found[2][1]), "where the state is kept changes nothing"
+    parameters = {n: torch.nn.Parameter(v) for n, v in small_values(model).items()}
+    plain = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0, foreach=False)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    plain.step()
+    run = small_run(model, zero=2)
+    run.engine.restore({n: dict(plain.state[p]) for n, p in parameters.items()})
+    held = run.engine.optimizer_state()
+    assert all(held[n]["exp_avg"].equal(plain.state[p]["exp_avg"]) and float(held[n]["step"]) == 1.0 for n, p in parameters.items())
+    steps(run, examples(), 1)
+    assert all(float(s["step"]) == 2.0 for s in run.engine.optimizer_state().values())
+
+
+def small_values(model):
+    run = small_run(model)
+    found = values(run)
+    run.engine.deepspeed.destroy()
+    return found
 
 
 # MeZO
@@ -194,6 +238,7 @@ def check(folder, **settings):
     ({"optimizer": "mezo", "zero": 2}, "mezo does not work under ZeRO stage 2"),
     ({"optimizer": "mezo", "zero": 0, "regularizers": ["l2_start"]}, "mezo has no gradients, and l2_start acts on them"),
     ({"optimizer": "q_galore", "zero": 1}, "q_galore does not work under ZeRO stage 1"),
+    ({"offload": "optimizer", "zero": 0}, "the optimizer is offloaded under ZeRO stages 1 and 2, and zero is 0"),
     ({"regularizers": ["component_clip"]}, "takes the place of clipping the whole gradient, and clip is 1"),
     ({"regularizers": ["component_clip", "l2_start"], "clip": 0}, "l2_start would change gradients that component_clip has clipped"),
 ])
@@ -204,6 +249,7 @@ def test_what_does_not_go_together_is_refused_before_anything_runs(model, settin
 
 def test_what_goes_together_passes(model):
     check(model, optimizer="mezo", zero=0)
+    check(model, offload="optimizer", zero=1)
     check(model, regularizers=["l2_start", "component_clip"], clip=0)
 
 
