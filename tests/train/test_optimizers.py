@@ -101,6 +101,14 @@ def test_the_fused_kernel_is_used_and_gives_the_same_bytes_under_every_layout(mo
     assert all(float(s["step"]) == 2.0 for s in run.engine.optimizer_state().values())
 
 
+def test_offload_reaches_the_ranks(model, tmp_path):
+    from ftpipe.train.setup import Job
+
+    planted.stage(model, offload="optimizer")._job(planted.context(tmp_path, planted.lessons(2)), {}).write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json").offload is True
+    assert planted.stage(model)._job(planted.context(tmp_path, planted.lessons(2)), {}).offload is False
+
+
 def small_values(model):
     run = small_run(model)
     found = values(run)
