@@ -406,17 +406,19 @@ def test_steps_are_those_of_an_explicit_galore(shape):
     assert float(change[4:].max()) < 1e-5 * float(change[0]), "one basis for 200 steps: the change has rank 4"
 
 
-def test_a_steady_direction_doubles_the_gap_and_noise_does_not():
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_a_steady_direction_doubles_the_gap_and_noise_does_not(shape):
+    """With the gradient's sign that of the vectors on one side changes too, so one of the two shapes would see cosines of -1."""
     import torch
 
     torch.manual_seed(0)
-    steady = torch.outer(torch.randn(48), torch.randn(32))
+    steady = torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
     method, n = QGalore(rank=4, update_gap=2), 60
     at, gaps = [], []
-    p = torch.nn.Parameter(torch.zeros(48, 32))
+    p = torch.nn.Parameter(torch.zeros(shape))
     optimizer = method.build([{"params": [("layers.0.w", p)], "lr": 1e-2}])
     for i in range(n):
-        p.grad = steady * (-1.0) ** i * (1 + i)  # the sign and length of the gradient do not matter
+        p.grad = steady * (-1.0) ** (i // 2) * (1 + i)  # the sign and length of the gradient do not matter
         optimizer.step()
         at += [i] * optimizer.refreshed
         gaps.append(int(optimizer.state[p]["gap"]))
@@ -424,9 +426,9 @@ def test_a_steady_direction_doubles_the_gap_and_noise_does_not():
     assert gaps[10] == 4 and at[6] == 12 and gaps[12] == 8 and at[7] == 16 and gaps[16] == 16
     assert optimizer.state[p]["history"].tolist() == pytest.approx([1.0] * 5, abs=1e-4)
     assert len(at) < n / 2 and int(optimizer.state[p]["refreshes"]) == len(at)
-    _, noise, _ = rotating(method, [torch.randn(48, 32) for _ in range(40)])
+    _, noise, _ = rotating(method, [torch.randn(shape) for _ in range(40)], shape)
     assert int(noise["gap"]) == 2 and int(noise["refreshes"]) == 20
-    _, never, _ = rotating(QGalore(rank=4, update_gap=2, cosine=None), [steady] * 40)
+    _, never, _ = rotating(QGalore(rank=4, update_gap=2, cosine=None), [steady] * 40, shape)
     assert int(never["gap"]) == 2
 
 
