@@ -68,6 +68,7 @@ class Run:
         load_base: loads the base model once more (a reference, a teacher), frozen and in evaluation mode.
         identity: the base model's identity, see `models.loading.identity`.
         load_tokenizer: loads the base model's tokenizer.
+        offload: the optimizer's state is kept on the CPU (ZeRO 1 and 2).
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
         engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
@@ -86,6 +87,7 @@ class Run:
     device: Any = "cpu"
     dtype: str = "float32"
     zero: int = 0
+    offload: bool = False
     seed: int = 0
     step: int = 0
     steps: int = 1

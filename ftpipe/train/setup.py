@@ -32,7 +32,7 @@ class Job:
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
-    `models.kernels`. diverged: see `loop.stop_if_diverged`.
+    `models.kernels`. diverged: see `loop.stop_if_diverged`. offload: optimizer state on the CPU.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Job:
     rendezvous: str
     kernels: bool = True
     diverged: float = 0.0
+    offload: bool = False
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -156,7 +157,7 @@ def prepare(job: Job, report: Reporter) -> Run:
 
     report.alive("loading the model")
     run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
-              device=device, dtype=job.dtype, zero=job.zero, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
+              device=device, dtype=job.dtype, zero=job.zero, offload=job.offload, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
               regularizers=job.part("regularizers"), optimizer=job.part("optimizer"))
     base = load_base()
     report.alive("preparing the model")

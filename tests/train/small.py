@@ -66,8 +66,8 @@ def group(folder: Path, world: int = 1):
     return process_group(job(folder / "rendezvous", world))
 
 
-def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0, adapt: Any = None, objective: Any = None,
-              optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1) -> Run:
+def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0,
+              adapt: Any = None, objective: Any = None, optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1) -> Run:
     """A prepared run with its engine."""
     import torch
 
@@ -83,8 +83,8 @@ def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float
         return loaded.eval().requires_grad_(False)
 
     run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=lambda: None, rank=rank, world=world, dtype=dtype, zero=zero,
-              seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}), objective=slots.parse("train/objective", objective or "sft"),
-              optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
+              offload=offload, seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}),
+              objective=slots.parse("train/objective", objective or "sft"), optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
               regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers))
     base = load_base()
     torch.manual_seed(derive_seed(seed, "start"))
@@ -114,7 +114,11 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
 
 CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "unequal": {"zero": 2, "batch_tokens": 50, "rows_per_step": 5},
+    "offload": {"zero": 2, "offload": True},
     "l2": {"zero": 3, "regularizers": ["l2_start"]},
+    "mezo": {"optimizer": {"mezo": {"eps": 1e-2}}, "batch_tokens": 50, "rows_per_step": 5},
+    "clip": {"zero": 3, "clip": 0.0, "regularizers": [{"component_clip": {"threshold": 0.05}}]},
+    "q_galore": {"optimizer": {"q_galore": {"rank": 3, "update_gap": 2, "projection": "float32"}}, "adapt": "full"},
 }
 TAKE = ("batch_tokens", "rows_per_step")
 

@@ -158,7 +158,7 @@ def test_no_rows_and_no_usable_rows_are_told_apart(tiny_model, tmp_path):
 
 def test_how_the_work_is_spread_is_no_part_of_the_key(tiny_model):
     plain = planted.stage(tiny_model).key_fields()
-    assert planted.stage(tiny_model, zero=0, ranks=2, checkpoint_every=3, heartbeat=5).key_fields() == plain
+    assert planted.stage(tiny_model, zero=0, ranks=2, offload="optimizer", checkpoint_every=3, heartbeat=5).key_fields() == plain
     assert planted.stage(tiny_model, learning_rate=1e-3).key_fields() != plain
 
 

@@ -11,6 +11,8 @@ from ftpipe.train.run import Batch, Run
 if TYPE_CHECKING:
     import torch
 
+    from ftpipe.stages.train import Train
+
 
 class Regularizer(Method):
     """Three places to act; a method overrides the ones it needs.
@@ -21,6 +23,9 @@ class Regularizer(Method):
 
     slot: ClassVar[str] = "train/regularizer"
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    def check(self, stage: Train) -> None:
+        """Raise ConfigError, before anything runs, if the rest of the stage's settings does not go with the method."""
 
     def prepare(self, run: Run) -> None:
         """Called once, when the model is prepared and nothing has been trained yet (also before a resume restores what was)."""
