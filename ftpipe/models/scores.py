@@ -118,7 +118,8 @@ def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str,
     package = Path(__file__).parent.parent
     base = {k: v for k, v in identity(model, ctx.env).items() if k in ("weights", "config", "tokenizer", "chat_template")}
     material = {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "max_length": max_length, "device": default_device(),
-                "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)}, "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
+                "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
+                "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
     return ctx.env.cache / "scores" / digest(material)[:32]
 
 
