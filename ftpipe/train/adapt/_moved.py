@@ -104,6 +104,15 @@ class MovedLora(LoraFamily):
         return any(key.startswith(f"{self.name()}/") for key in run.memory)
 
 
+def halves(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S^1/2 V^T, U S^1/2) of singular triples. The sign of each is free: the largest entry of its right vector is made positive."""
+    import torch
+
+    signs = torch.sign(vh.gather(1, vh.abs().argmax(1, keepdim=True)))
+    root = s.sqrt()
+    return root[:, None] * vh * signs, u * signs.T * root
+
+
 @lru_cache
 def _modules() -> tuple[type, type]:
     """The modules that stand where PEFT has its linear layers A and B. Each owns what it reads, so that ZeRO 3 finds it."""

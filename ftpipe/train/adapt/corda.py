@@ -1,7 +1,8 @@
 """CorDA (Yang et al. 2024): start from the directions of each weight that matter, or do not matter, for what its layer reads.
 
-With C = X^T X / n of a layer's inputs X [n, inputs]: W C = U S V^T, so that W = U S (V^T C^-1), a sum of min(outputs, inputs) terms of rank 1. Its r
-largest terms (instruction-previewed) or r smallest (knowledge-preserved) become the pair: A0 = S^(1/2) V^T C^-1, B0 = U S^(1/2).
+C is the mean over rows of X^T X, X [tokens, inputs] being what a layer reads of a row. From W C = U S V^T follows W = U S (V^T C^-1), a sum of
+min(outputs, inputs) terms of rank 1. The r largest terms (instruction-previewed) or the r smallest (knowledge-preserved) become the pair that trains:
+A0 = S^(1/2) V^T C^-1, B0 = U S^(1/2).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import Field
 from ftpipe.errors import DataError
 from ftpipe.train.adapt._activations import observe
 from ftpipe.train.adapt._lora import weight_of
-from ftpipe.train.adapt._moved import MovedLora
+from ftpipe.train.adapt._moved import MovedLora, halves
 from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 class Corda(MovedLora):
     """Starts from r terms of W C, where C is the second moment of the layer's inputs over the first rows. The model starts at the base model exactly.
 
-    Like the authors' code this uses the second moment of all places, without taking the mean off, and adds `damping` times the mean of its diagonal to
-    the diagonal. Unlike it rows are not each divided by their largest input (which keeps half-precision sums in range and weighs rows by accident), sums
-    are float32, and the algebra is float64 with a solve in place of an inverse. Takes inputs^2 x 4 bytes for each input that layers do not share.
-    What is saved is a LoRA of rank 2r over the base.
+    As in the authors' code each row's inputs are divided by their largest before X^T X is taken, no mean is taken off, and `damping` times the mean of
+    C's diagonal is added to the diagonal. (The scale of C does not change B0 A0, but how it is shared between A and B.) Unlike there the algebra is
+    float64, with a solve in place of an inverse, and W stays as it is (see `_moved`). Takes inputs^2 x 4 bytes for each input that layers do not
+    share. What is saved is a LoRA of rank 2r over the base.
     """
 
     paper: ClassVar[str] = "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models"
@@ -42,27 +43,24 @@ class Corda(MovedLora):
         import torch
 
         moments: dict[str, torch.Tensor] = {}
-        counts: dict[str, int] = {}
+        read: dict[str, list[int]] = {}
 
         def take(name: str, x: torch.Tensor) -> None:
-            counts[name] = counts.get(name, 0) + len(x)
+            read.setdefault(name, []).append(len(x))
+            x = x / x.max().abs()
             moments[name] = moments[name].addmm_(x.T, x) if name in moments else x.T @ x
 
         observed = observe(model, layers, run, self.rows, take)
-        few = [name for name in counts if counts[name] < layers[name].in_features]
-        if few:
-            run.log.warning("%d rows have %d tokens, fewer than the %d inputs of %s: its C is mostly damping", self.rows, counts[few[0]],
-                            layers[few[0]].in_features, few[0])
+        if few := [name for name in read if sum(read[name]) < layers[name].in_features]:
+            run.log.warning("the %d rows looked at have %d tokens, fewer than the %d inputs of %s: its C is mostly damping", len(read[few[0]]),
+                            sum(read[few[0]]), layers[few[0]].in_features, few[0])
         for name, layer in layers.items():
-            moment = moments[observed[name]].double() / counts[observed[name]]
+            moment = moments[observed[name]].double() / len(read[observed[name]])
             level = moment.diagonal().mean()
             if not (level > 0 and level.isfinite()):
                 raise DataError(f"the inputs of {name} are {'all zero' if level == 0 else 'not finite'} in the rows looked at before training")
             moment.diagonal().add_(self.damping * level)
             u, s, vh = torch.linalg.svd(weight_of(layer).double() @ moment, full_matrices=False)
             part = slice(None, self.r) if self.mode == "ipm" else slice(-self.r, None)
-            u, s, vh = u[:, part], s[part], vh[part]
-            signs = torch.sign(vh.gather(1, vh.abs().argmax(1, keepdim=True)))
-            root = s.sqrt()
-            right = torch.linalg.solve(moment, (vh * signs).T).T  # C is symmetric
-            yield name, root[:, None] * right, u * signs.T * root
+            a, b = halves(u[:, part], s[part], vh[part])
+            yield name, torch.linalg.solve(moment, a.T).T, b  # C is symmetric

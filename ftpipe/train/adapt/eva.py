@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 256
-"""Tokens that one step of the incremental SVD takes in, or four for each direction if those are more."""
+"""Tokens that one step of the incremental SVD takes in, or eight for each direction if those are more."""
 
 
 class Eva(LoraFamily):
@@ -88,7 +88,7 @@ class Eva(LoraFamily):
             if not stream.steps:
                 raise DataError(f"{stream.waiting} tokens are too few to find {stream.k} directions of the inputs of {name}",
                                 remedy=f"raise `rows` of {self.name()}, or lower r or rho")
-        found = {name: (run.agreed(s.pca.components_.float()).cpu(), run.agreed(s.shares()).cpu())
+        found = {name: (run.agreed(s.directions()).cpu(), run.agreed(s.shares()).cpu())
                  for name, s in streams.items()}
         ranks = self.spread({name: found[shared[name]][1][:most[name]] for name in layers}, self.r * len(layers))
         run.log.info("ranks of %d layers: %d to %d, %d in all", len(ranks), min(ranks.values()), max(ranks.values()), sum(ranks.values()))
@@ -109,15 +109,17 @@ class Eva(LoraFamily):
 
 
 class Stream:
-    """The principal directions of what one layer reads, from a stream of pieces of any size.
+    """The k principal directions of what one layer reads, from a stream of pieces of any size.
+
+    Twice as many are carried from step to step, so that the last of the k do not suffer from what each step cuts off.
 
     Attributes:
-        k: how many directions. pca: PEFT's incremental PCA, fitted if `steps` > 0. waiting: tokens that are not in it yet.
-        turned: cosine of each direction with what it was a step before, None before the second.
+        pca: PEFT's incremental PCA, fitted if `steps` > 0. waiting: tokens that are not in it yet.
+        turned: cosine of each direction with what it was a step before, None before the second step.
     """
 
     def __init__(self, k: int, seed: int):
-        self.k, self.seed, self.size = k, seed % 2**31, max(CHUNK, 4 * k)
+        self.k, self.seed, self.size = k, seed % 2**31, max(CHUNK, 8 * k)
         self.pieces: list[torch.Tensor] = []
         self.waiting = self.steps = 0
         self.pca: Any = None
@@ -132,12 +134,16 @@ class Stream:
 
     def finish(self) -> None:
         """Take in what waits, if it is enough."""
-        if self.waiting >= self.k:
+        if self.waiting > (self.pca.n_components if self.steps else self.k):
             self._step()
+
+    def directions(self) -> torch.Tensor:
+        """Orthonormal rows, float32 [k, inputs]."""
+        return self.pca.components_[:self.k].float()
 
     def shares(self) -> torch.Tensor:
         """What share of the variance each direction explains, float64 [k], largest first; zeros if nothing varies."""
-        return self.pca.explained_variance_ratio_.double().nan_to_num(0.0)
+        return self.pca.explained_variance_ratio_[:self.k].double().nan_to_num(0.0)
 
     def _step(self) -> None:
         import torch
@@ -145,9 +151,10 @@ class Stream:
 
         x = torch.cat(self.pieces)
         if self.pca is None:
-            # The randomised decomposition looks for 2 k directions, which must be fewer than there are.
-            self.pca = IncrementalPCA(n_components=self.k, lowrank=2 * self.k < min(x.shape), lowrank_seed=self.seed)
-        before = self.pca.components_ if self.steps else None
+            carried = min(2 * self.k, *x.shape)
+            # The randomised decomposition looks for twice as many, which must be fewer than there are.
+            self.pca = IncrementalPCA(n_components=carried, lowrank=2 * carried < min(x.shape), lowrank_seed=self.seed)
+        before = self.directions() if self.steps else None
         self.pca.partial_fit(x)
-        self.turned = None if before is None else torch.nn.functional.cosine_similarity(before, self.pca.components_)
+        self.turned = None if before is None else torch.nn.functional.cosine_similarity(before, self.directions())
         self.pieces, self.waiting, self.steps = [], 0, self.steps + 1

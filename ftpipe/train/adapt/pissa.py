@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ftpipe.train.adapt._lora import weight_of
-from ftpipe.train.adapt._moved import MovedLora
+from ftpipe.train.adapt._moved import MovedLora, halves
 from ftpipe.train.run import Run, derive_seed
 
 if TYPE_CHECKING:
@@ -47,8 +47,4 @@ class Pissa(MovedLora):
                     torch.manual_seed(derive_seed(run.seed, self.name(), name))
                     u, s, v = torch.svd_lowrank(weight, q=wanted, niter=self.iterations)
                 vh = v.T
-            u, s, vh = u[:, :self.r], s[:self.r], vh[:self.r]
-            # The sign of a pair of singular vectors is free: the largest entry of each right one is made positive.
-            signs = torch.sign(vh.gather(1, vh.abs().argmax(1, keepdim=True)))
-            root = s.sqrt()
-            yield name, root[:, None] * vh * signs, u * signs.T * root
+            yield name, *halves(u[:, :self.r], s[:self.r], vh[:self.r])
