@@ -28,7 +28,8 @@ class Corda(MovedLora):
     As in the authors' code each row's inputs are divided by their largest before X^T X is taken, no mean is taken off, and `damping` times the mean of
     C's diagonal is added to the diagonal. (The scale of C does not change B0 A0, but how it is shared between A and B.) Unlike there the algebra is
     float64, with a solve in place of an inverse, and W stays as it is (see `_moved`). Takes inputs^2 x 4 bytes for each input that layers do not
-    share. What is saved is a LoRA of rank 2r over the base.
+    share. What is saved is a LoRA of rank 2r over the base. The rows looked at are the run's own: the paper takes those of `kpm` from question
+    answering about what is to be kept, so `kpm` keeps that as far as the training rows hold such rows (mixed in, say).
     """
 
     paper: ClassVar[str] = "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models"
