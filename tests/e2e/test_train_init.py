@@ -13,7 +13,7 @@ pytestmark = pytest.mark.e2e
 def test_two_ranks_under_stage_three_start_as_one_does(tiny_model, tmp_path):
     import torch
 
-    one, two = (planted.train(tmp_path / str(ranks), tiny_model, adapt={"eva": {"r": 4, "rows": 12}}, ranks=ranks, zero=zero, epochs=1)
+    one, two = (planted.train(tmp_path / str(ranks), tiny_model, adapt={"eva": {"r": 4, "rows": 12}}, ranks=ranks, zero=zero, epochs=1, heartbeat=300)
                 for ranks, zero in ((1, 2), (2, 3)))
     assert planted.losses(one) == pytest.approx(planted.losses(two), abs=1e-4)
     a, b = planted.tensors(one), planted.tensors(two)
@@ -22,7 +22,7 @@ def test_two_ranks_under_stage_three_start_as_one_does(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("adapt", [{"eva": {"r": 4, "rows": 12}}, {"corda": {"r": 4, "rows": 12}}])
 def test_a_killed_run_reaches_the_same_bytes(tiny_model, tmp_path, adapt):
-    settings = COMMON | {"adapt": adapt, "ranks": 1, "zero": 2}
+    settings = COMMON | {"adapt": adapt, "ranks": 1, "zero": 2, "heartbeat": 300}
     straight = planted.train(tmp_path / "straight", tiny_model, **settings)
     kill_at(tmp_path / "killed", tiny_model, settings, 4)
     told = planted.Told()
