@@ -54,7 +54,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad) or not base.weight.is_floating_point()):
         return type(self).forward(self, x, *args, **kwargs)
     name = names[0]
-    if (self.training and getattr(self.lora_dropout[name], "p", 0.0)) or self.lora_A[name].bias is not None or self.lora_B[name].bias is not None:
+    # A method may have put a module of its own, which computes something else, in the place of one of the two.
+    if (type(self.lora_A[name]) is not nn.Linear or type(self.lora_B[name]) is not nn.Linear
+            or (self.training and getattr(self.lora_dropout[name], "p", 0.0)) or self.lora_A[name].bias is not None or self.lora_B[name].bias is not None):
         return type(self).forward(self, x)
     with torch.autocast(x.device.type, enabled=False):
         return LoraLinear.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
