@@ -30,14 +30,14 @@ def train(job: Job, report: Reporter) -> None:
     """Train, and leave the result in the folder `job.result` (rank 0). Resumes from the newest checkpoint."""
     report.alive("importing libraries")
     with process_group(job):
-        run = prepare(job, report)
+        resumed = checkpoint.latest(Path(job.checkpoints))
+        run = prepare(job, report, resumed.memory if resumed else {})
         rows = await_rows(Path(job.tokens), report)
         plan = plan_of(job, rows)
         steps = list(plan.steps(**job.stop))
         run.steps = len(steps)
         report.alive("checking that packed rows do not see each other")
         packing = _check_first_batch(run, plan, rows, steps[0][1], job) if run.rank == 0 else None
-        resumed = checkpoint.latest(Path(job.checkpoints))
         start, metrics = _restore(run, resumed) if resumed else (0, [])
         report.alive("building the engine")
         run.engine = Engine(run, job.clip, report.alive, resumed.parameters if resumed else ())

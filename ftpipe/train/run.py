@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ftpipe.errors import TrainingError
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,6 +59,10 @@ class Batch:
         return int(self.input_ids.numel())
 
 
+def _no_rows(n: int) -> list[Batch]:
+    raise TrainingError("this run has no rows to look at before training")
+
+
 @dataclass
 class Run:
     """A training run as its parts see it. All ranks have the same, but for `rank` and `device`.
@@ -67,10 +73,13 @@ class Run:
         load_base: loads the base model once more (a reference, a teacher), frozen and in evaluation mode.
         identity: the base model's identity, see `models.loading.identity`.
         load_tokenizer: loads the base model's tokenizer.
+        calibration: `calibration(n)` waits for the rows and gives the first n of those that the first epoch shows, for a `prepare` that looks at data:
+            each once and in a micro-batch of its own, the same on every rank, whatever the settings that spread the work.
+        alive: says what is being done; whatever takes minutes before the first step calls it now and then, or the rank counts as stuck.
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
         engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
-            start with the method's name.
+            start with the method's name. After a kill it is there again before any part is prepared, so that none of them computes its start anew.
         cache: what a part keeps in memory but can make again (a reference model); not in checkpoints.
         metrics: numbers a part wants recorded for this step, the same on every rank. sums: numbers it adds up over its micro-batches (times
             `Batch.weight`); what is recorded is their sum over all ranks by the count of the step, a mean.
@@ -94,6 +103,8 @@ class Run:
     regularizers: tuple[Regularizer, ...] = ()
     optimizer: Optimizer | None = None
     engine: Engine | None = None
+    calibration: Callable[[int], list[Batch]] = _no_rows
+    alive: Callable[[str], None] = lambda doing: None
     memory: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -116,6 +127,16 @@ class Run:
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total)
+
+    def agreed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor on every rank; every rank calls it at the same time with one of the same shape and type."""
+        if self.world == 1:
+            return tensor
+        import torch.distributed as dist
+
+        shared = tensor.to(self.device).contiguous().clone()
+        dist.broadcast(shared, 0)
+        return shared.to(tensor.device)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. Under ZeRO 3 they hold nothing between forward passes: read them through `engine`."""

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ftpipe import slots
 from ftpipe.errors import TrainingError
 from ftpipe.stages.base import Environment
-from ftpipe.train.batches import Plan
+from ftpipe.train.batches import Plan, calibration
 from ftpipe.train.objective.base import Example
-from ftpipe.train.run import Run, derive_seed
+from ftpipe.train.run import Batch, Run, derive_seed
 
 if TYPE_CHECKING:
     from ftpipe.train.lifeline import Reporter
@@ -138,8 +138,8 @@ def import_deepspeed(device: str) -> Any:
     return deepspeed
 
 
-def prepare(job: Job, report: Reporter) -> Run:
-    """The run with its model prepared and every part ready, nothing trained yet."""
+def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
+    """The run with its model prepared and every part ready, nothing trained yet. `memory`: that of the checkpoint it goes on from."""
     import torch
 
     from ftpipe.models.loading import load_model, load_tokenizer
@@ -149,10 +149,15 @@ def prepare(job: Job, report: Reporter) -> Run:
     def load_base() -> torch.nn.Module:
         return load_model(job.model, job.env, dtype=job.dtype, device=device).requires_grad_(False)
 
+    def first_rows(n: int) -> list[Batch]:
+        rows = await_rows(Path(job.tokens), report)
+        report.alive(f"looking at {n} rows before training")
+        return calibration(plan_of(job, rows), rows, n, device)
+
     report.alive("loading the model")
     run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
               device=device, dtype=job.dtype, zero=job.zero, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
-              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"))
+              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"), calibration=first_rows, alive=report.alive, memory=dict(memory))
     base = load_base()
     report.alive("preparing the model")
     torch.manual_seed(derive_seed(job.seed, "start"))

@@ -65,11 +65,13 @@ def group(folder: Path, world: int = 1):
 
 
 def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0, adapt: Any = None, objective: Any = None,
-              optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1) -> Run:
-    """A prepared run with its engine."""
+              optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1, rows: list[Example] | None = None,
+              memory: dict[str, Any] | None = None) -> Run:
+    """A prepared run with its engine. rows: what a method is shown that looks at data before training; memory: what a checkpoint kept."""
     import torch
 
     from ftpipe import slots
+    from ftpipe.train.batches import calibration
     from ftpipe.train.engine import Engine
     from ftpipe.train.run import derive_seed
 
@@ -83,7 +85,9 @@ def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float
     run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=lambda: None, rank=rank, world=world, dtype=dtype, zero=zero,
               seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}), objective=slots.parse("train/objective", objective or "sft"),
               optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
-              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers))
+              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers), memory=dict(memory or {}))
+    shown = InMemory(rows or examples())
+    run.calibration = lambda n: calibration(Plan(shown.lengths, shown.times, seed, 100, rows_per_step=8), shown, n)
     base = load_base()
     torch.manual_seed(derive_seed(seed, "start"))
     run.model = run.adapt.prepare(base, run)

@@ -64,10 +64,13 @@ class PeftAdapt(Adapt):
         chosen = get_peft_model_state_dict(model, state_dict=whole, adapter_name="default", save_embedding_layers=False)
         if not chosen:
             raise ArtifactError(f"PEFT found nothing to save for {self.name()}", where=str(folder))
+        chosen, config = self.written(chosen, model.peft_config["default"].to_dict() | {"inference_mode": True})
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in sorted(chosen.items())}, folder / WEIGHTS, metadata={"format": "pt"})
-        config = model.peft_config["default"].to_dict()
-        config["inference_mode"] = True
         (folder / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def written(self, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `save` writes, from the tensors and the configuration that PEFT would write: those, unless the method trains in another form."""
+        return tensors, config
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         from peft import PeftConfig, PeftModel
