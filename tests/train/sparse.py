@@ -24,16 +24,19 @@ def moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 
 def stopped_and_resumed(model: Path, folder: Path, stop: int, end: int, **settings: Any):
-    """A run that was killed after `stop` steps and taken up again from its checkpoint, after `end` steps; and the records of its second life."""
+    """A run that was killed after `stop` steps and taken up again from its checkpoint, after `end` steps; and the records of its second life.
+
+    The second life is shown other rows before training, so that a method that looks at them again does not find what it found.
+    """
     from ftpipe.train.engine import Engine
     from ftpipe.train.loop import _restore
 
     broken = small_run(model, **settings)
     steps(broken, examples(), stop)
     checkpoint.write(folder, checkpoint.Checkpoint(stop, broken.engine.trained(), broken.engine.optimizer_state(), list(broken.engine.names), broken.memory))
-    with patch("ftpipe.train.engine.Engine"):  # as in the loop, where the engine is built from what the checkpoint holds
-        resumed = small_run(model, **settings)
     kept = checkpoint.latest(folder)
+    with patch("ftpipe.train.engine.Engine"):  # as in the loop, where the engine is built from what the checkpoint holds
+        resumed = small_run(model, memory=kept.memory, rows=examples(3, seed=9), **settings)
     assert _restore(resumed, kept)[0] == stop
     resumed.engine = Engine(resumed, 1.0, touched=kept.parameters)
     resumed.engine.restore(kept.optimizer)
