@@ -117,6 +117,9 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
 CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "unequal": {"zero": 2, "batch_tokens": 50, "rows_per_step": 5},
     "l2": {"zero": 3, "regularizers": ["l2_start"]},
+    "lisa": {"zero": 3, "adapt": {"lisa": {"active": 1, "every": 2}}, "optimizer": {"adamw": {"eps": 1e-3}}},
+    "gmt": {"zero": 3, "adapt": {"gmt": {"keep_ratio": 0.2}}, "optimizer": {"adamw": {"eps": 0.1}}},
+    "s2ft": {"zero": 3, "adapt": {"s2ft": {"down": 0.1, "output": 0.4, "up": 0.05, "value": 0.5}}},
 }
 TAKE = ("batch_tokens", "rows_per_step")
 

@@ -137,7 +137,7 @@ def test_adapters_of_one_base_add_up(model, tmp_path):
         steps(run, examples(), 1)
         saved(run, tmp_path / str(seed))
         base = run.load_base()
-        deltas.append(read(tmp_path / str(seed), lambda: dict(base.named_parameters())))
+        deltas.append(read(tmp_path / str(seed), lambda base=base: dict(base.named_parameters())))
     both = run.load_base()
     for seed in (1, 2):
         put(both, load_file(tmp_path / str(seed) / "weights.safetensors"), "here")

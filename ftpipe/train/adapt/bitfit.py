@@ -50,8 +50,8 @@ class Bitfit(MaskedAdapt):
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.adapt._weights", "ftpipe.models.sparse", "ftpipe.train.adapt._blocks")
 
     terms: list[Term] = Field(default=[], description="Which biases train; all of them if empty.")
-    missing: Literal["error", "add"] = Field(default="error", description="What to do if linear layers that are asked for have no bias: `error` trains those that "
-                                             "exist and refuses a model without any; `add` gives biases of zero to all that have none.")
+    missing: Literal["error", "add"] = Field(default="error", description="What to do if linear layers that are asked for have no bias: `error` trains those "
+                                             "that exist and refuses a model without any; `add` gives biases of zero to all that have none.")
 
     def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
         if self.missing == "add":
@@ -117,7 +117,8 @@ class Bitfit(MaskedAdapt):
                 setattr(model.config, flag, True)
                 homeless -= set(group)
         if homeless:
-            raise ConfigError(f"the architecture {model.config.model_type} has no place for a bias of {min(homeless)}", remedy="keep the adapter beside the base")
+            raise ConfigError(f"the architecture {model.config.model_type} has no place for a bias of {min(homeless)}",
+                              remedy="keep the adapter beside the base")
         return model
 
 

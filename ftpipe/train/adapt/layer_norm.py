@@ -31,8 +31,8 @@ class LayerNorm(MaskedAdapt):
     paper: ClassVar[str] = "LayerNorm: A key component in parameter-efficient fine-tuning"
 
     heads: bool = Field(default=False, description="Also train norms inside attention that act on single heads.")
-    fisher_share: float | None = Field(default=None, gt=0, le=1, description="Share of the norms' entries that train, those of largest Fisher information; all if "
-                                       "not set.")
+    fisher_share: float | None = Field(default=None, gt=0, le=1, description="Share of the norms' entries that train, those of largest Fisher information; all "
+                                       "if not set.")
     fisher_rows: int = Field(default=32, ge=1, description="Rows from which the Fisher information is estimated: the first that training would show.")
 
     def only_changed(self) -> bool:

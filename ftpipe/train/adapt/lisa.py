@@ -30,8 +30,8 @@ class Lisa(WeightsAdapt):
 
     active: int = Field(default=2, ge=1, description="Layers that train at a time (gamma).")
     every: int = Field(default=20, ge=1, description="Optimizer steps between draws (K).")
-    forget_shared: bool = Field(default=False, description="Start the optimizer state of embedding, last norm and head anew at each draw too, as the paper's own "
-                                "runs did by saving and loading the model.")
+    forget_shared: bool = Field(default=False, description="Start the optimizer state of embedding, last norm and head anew at each draw too, as the paper's "
+                                "own runs did by saving and loading the model.")
 
     def drawn(self, layers: int, seed: int, period: int) -> list[int]:
         """Numbers of the layers that train in a period, ascending: a function of the seed and the period alone."""

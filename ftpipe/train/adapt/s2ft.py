@@ -23,8 +23,9 @@ class S2ft(WeightsAdapt):
 
     Channels and heads are drawn uniformly over all layers together, floor(ratio x units x layers) of each kind, so that their number varies from layer to
     layer. `permute` brings the chosen ones to the front by reordering the coupled weights (gate, up and down by channel; query, key, value and output by
-    head), which leaves the function as it is and makes the trained part one stretch of memory. With grouped queries key-value groups move whole, and query heads
-    inside their group only. The slices start at zero and add to frozen weights, so weight decay pulls a slice towards the base model and moves nothing else.
+    head), which leaves the function as it is and makes the trained part one stretch of memory. With grouped queries key-value groups move whole, and
+    query heads inside their group only. The slices start at zero and add to frozen weights, so weight decay pulls a slice towards the base model and moves
+    nothing else.
 
     The adapter holds the numbers of the rows or columns in the base model's own order, and what is added to them: adapters of one base add up.
     """
@@ -96,7 +97,7 @@ class S2ft(WeightsAdapt):
 
         names = [n for n, _ in model.named_parameters() if n.endswith((ROWS, COLUMNS))]
         if not names:
-            raise ConfigError("the shares of channels and heads are so small that not one is chosen", remedy="set larger shares: down: 0.03 of 1000 channels are 30")
+            raise ConfigError("the shares of channels and heads are so small that not one is chosen", remedy="set larger shares")
         return names
 
     def without(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
