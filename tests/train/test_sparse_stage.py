@@ -17,7 +17,7 @@ from tests.train.sparse import saved, whole
 def test_the_stage_trains_saves_and_verifies(tiny_model, tmp_path, adapt, names):
     from safetensors.torch import load_file
 
-    ctx = planted.train(tmp_path, tiny_model, adapt=adapt, steps=3, zero=2)
+    ctx = planted.train(tmp_path, tiny_model, adapt=adapt, steps=3, zero=2, heartbeat=300)
     assert ctx.notes["probe_difference"] < 1e-5
     tensors = load_file(ctx.out / "adapter" / "weights.safetensors")
     assert {n.partition("::")[2] for n in tensors} == names
