@@ -124,8 +124,14 @@ def read(folder: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> dict[s
     from safetensors.torch import load_file
 
     if (folder / FULL).is_file():
+        from ftpipe.models import sparse
+
         weights = base()
-        return {n: Delta(dense_=t.float() - weights[n].float()) for n, t in sorted(load_file(folder / FULL).items())}
+        parts = sparse.read(load_file(folder / FULL), str(folder))
+        if added := sorted(set(parts) - set(weights)):
+            raise ConfigError(f"the adapter adds {added[0]}, which the base model does not have, so it is no sum of weight changes", where=str(folder),
+                              remedy="use LoRA or full weights")
+        return {n: Delta(dense_=part.on(weights[n]) - weights[n].float()) for n, part in parts.items()}
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type") or "its method"

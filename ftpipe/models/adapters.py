@@ -66,6 +66,9 @@ def _same_base(manifest: dict[str, Any], base: Mapping[str, str], folder: Path) 
 def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
     from safetensors import SafetensorError, safe_open
 
+    from ftpipe.models.sparse import is_part
+    from ftpipe.models.sparse import read as parts_of
+
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ArtifactError("the adapter has no safetensors file", where=str(folder))
@@ -73,6 +76,7 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
     modules = dict(model.named_modules())
     change: dict[str, bool] = {}
     for file in files:
+        sparse: dict[str, torch.Tensor] = {}
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():  # noqa: SIM118 (not a dict)
@@ -80,10 +84,18 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
                     if tensor.is_floating_point() and not tensor.isfinite().all():
                         raise ArtifactError(f"tensor {name} holds values that are not finite", where=str(file),
                                             remedy="the training diverged: lower its learning rate")
+                    if is_part(name):
+                        sparse[name] = tensor
+                        continue
                     _fits(name, tensor, parameters, modules, file)
                     change[name] = bool((tensor != parameters[name].to(tensor.dtype)).any()) if name in parameters else bool(tensor.any())
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"cannot be read as safetensors: {error}", where=str(file)) from error
+        for name, part in parts_of(sparse, str(file)).items():
+            why = part.misfit(tuple(parameters[name].shape)) if name in parameters else "it has none of that name"
+            if why:
+                raise _misfit(name, part.value, why, file)
+            change[name] = part.changes(parameters[name])
     # a LoRA delta is the product B A: zero as soon as every B is, whatever A holds
     decisive = [c for n, c in change.items() if ".lora_" not in n or ".lora_B" in n or ".lora_embedding_B" in n] or list(change.values())
     if not any(decisive) and not allow_zero:
@@ -91,10 +103,13 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
                             remedy="check the learning rate and that tokens were trained on")
 
 
+def _misfit(name: str, tensor: torch.Tensor, why: str, file: Path) -> ArtifactError:
+    return ArtifactError(f"tensor {name} {list(tensor.shape)} does not fit the base: {why}", where=str(file), remedy="load it on the base it was trained on")
+
+
 def _fits(name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.Module], file: Path) -> None:
     def fail(why: str) -> ArtifactError:
-        return ArtifactError(f"tensor {name} {list(tensor.shape)} does not fit the base: {why}", where=str(file),
-                             remedy="load it on the base it was trained on")
+        return _misfit(name, tensor, why, file)
 
     if name in parameters:
         if tensor.shape != parameters[name].shape:

@@ -18,6 +18,7 @@ SETTINGS = {  # the defaults of these suit large layers only
     "vblora": {"num_vectors": 8, "vector_length": 16, "topk": 2}, "randlora": {"r": 4}, "vera": {"r": 4}, "pvera": {"r": 4}, "fourierft": {"n_frequency": 20},
     "waveft": {"n_frequency": 20}, "boft": {"boft_block_size": 4}, "oft": {"oft_block_size": 8, "r": 0}, "c3a": {"block_size": 16}, "hra": {"r": 4},
     "road": {"group_size": 16}, "miss": {"r": 4}, "psoft": {"r": 4}, "shira": {"r": 4},
+    "bitfit": {"missing": "add"},  # the tiny Llama has no biases
     "lora": {"r": 4}, "pissa": {"r": 4}, "eva": {"r": 4}, "corda": {"r": 4}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
 }
 

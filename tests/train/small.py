@@ -123,6 +123,9 @@ CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "mezo": {"optimizer": {"mezo": {"eps": 1e-2}}, "batch_tokens": 50, "rows_per_step": 5},
     "clip": {"zero": 3, "clip": 0.0, "regularizers": [{"component_clip": {"threshold": 0.05}}]},
     "q_galore": {"optimizer": {"q_galore": {"rank": 3, "update_gap": 2, "projection": "float32"}}, "adapt": "full"},
+    "lisa": {"zero": 3, "adapt": {"lisa": {"active": 1, "every": 2}}, "optimizer": {"adamw": {"eps": 1e-3}}},
+    "gmt": {"zero": 3, "adapt": {"gmt": {"keep_ratio": 0.2}}, "optimizer": {"adamw": {"eps": 0.1}}},
+    "s2ft": {"zero": 3, "adapt": {"s2ft": {"down": 0.1, "output": 0.4, "up": 0.05, "value": 0.5}}},
 }
 TAKE = ("batch_tokens", "rows_per_step")
 

@@ -11,6 +11,7 @@ from ftpipe.train.adapt.lora import Lora
 from ftpipe.train.objective.sft import Sft
 from ftpipe.train.run import Change
 from tests.train.small import examples, small_run, steps
+from tests.train.sparse import whole
 
 pytestmark = pytest.mark.usefixtures("alone")
 EXACT, ROUNDING = 1e-6, 2e-5
@@ -109,60 +110,6 @@ def test_a_higher_rate_of_one_group_reaches_the_optimizer(model):
         moved.append({kind: max(float((run.engine.value(n) - start[n]).abs().max()) for n in start if kind in n) for kind in ("lora_A", "lora_B")})
     assert moved[1]["lora_B"] == pytest.approx(4 * moved[0]["lora_B"], rel=1e-3)
     assert moved[0]["lora_A"] == pytest.approx(moved[1]["lora_A"], abs=1e-9)
-
-
-@pytest.mark.parametrize("zero", range(4))
-def test_gradients_can_be_read_and_replaced(model, zero):
-    class Silenced(Lora):
-        """Keeps only the gradient of the second layer."""
-
-        def on_gradients(self, run):
-            for name in run.engine.names:
-                grad = run.engine.gradient(name)
-                assert grad.shape == run.engine.value(name).shape
-                if "lora_B" in name:
-                    assert float(grad.abs().max()) > 0
-                run.engine.set_gradient(name, grad if ".layers.1." in name else grad * 0)
-
-    run = small_run(model, zero=zero, adapt=Silenced(r=4))
-    start = {n: run.engine.value(n) for n in run.engine.names}
-    steps(run, examples(), 2)
-    moved = {n for n in start if not run.engine.value(n).equal(start[n])}
-    assert moved and all(".layers.1." in n for n in moved)
-
-
-@pytest.mark.parametrize("zero", [0, 2, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_trains_may_change_from_step_to_step(model, zero, dtype):
-    """As LISA does: layers of the base model take turns; those that rest do not move, and all that was trained is saved."""
-    from ftpipe.train.adapt.full import Full
-
-    class Turns(Full):
-        def before_step(self, run):
-            layer = run.step % 2
-            return Change(trainable=frozenset(n for n, _ in run.model.named_parameters() if f".layers.{layer}." in n))
-
-    run = small_run(model, zero=zero, dtype=dtype, adapt=Turns(parameters=r"layers\.0\."))
-    start = {n: v.float() for n, v in whole(run).items()}
-    steps(run, examples(), 1)
-    first = whole(run)
-    assert {n for n in first if not first[n].float().equal(start[n])} <= {n for n in start if ".layers.0." in n}
-    assert any(".layers.0." in n and not first[n].float().equal(start[n]) for n in first)
-    steps(run, examples(), 2, first=1)
-    second = whole(run)
-    assert all(second[n].equal(first[n]) for n in first if ".layers.1." not in n)
-    assert any(not second[n].float().equal(start[n]) for n in first if ".layers.1." in n)
-    saved = run.engine.state()
-    assert set(saved) == {n for n in start if ".layers." in n}
-    assert all(saved[n].equal(second[n]) for n in saved)
-
-
-def whole(run):
-    """Every parameter's value, whatever the ZeRO stage."""
-    from ftpipe.train.engine import gathered
-
-    with gathered(run.model.parameters(), run.zero):
-        return {n: p.detach().clone() for n, p in run.model.named_parameters()}
 
 
 @pytest.mark.parametrize("zero", range(4))
