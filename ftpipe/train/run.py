@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return int(self.input_ids.numel())
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and end of each sequence of the batch, in order."""
+        starts = (self.position_ids[0] == 0).nonzero().flatten().tolist()
+        return list(zip(starts, [*starts[1:], self.tokens], strict=True))
 
 
 @dataclass
@@ -116,6 +121,21 @@ class Run:
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total)
+
+    def gather(self, values: Sequence[float]) -> list[float]:
+        """The numbers of all ranks, rank by rank; every rank calls it at the same time, with as many numbers as it has."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        import torch
+        import torch.distributed as dist
+
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(values)], dtype=torch.int64, device=self.device))
+        own = torch.zeros(max(int(s) for s in sizes), dtype=torch.float64, device=self.device)
+        own[:len(values)] = torch.tensor(values, dtype=torch.float64)
+        found = [torch.zeros_like(own) for _ in range(self.world)]
+        dist.all_gather(found, own)
+        return [v for size, part in zip(sizes, found, strict=True) for v in part[:int(size)].tolist()]
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. Under ZeRO 3 they hold nothing between forward passes: read them through `engine`."""
