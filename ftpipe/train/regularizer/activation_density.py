@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from ftpipe.errors import ConfigError
+from ftpipe.errors import ConfigError, TrainingError
 from ftpipe.train.regularizer._hooks import at_rows, blocks
 from ftpipe.train.regularizer.base import Regularizer
 from ftpipe.train.run import Batch, Run
@@ -45,25 +45,38 @@ class ActivationDensity(Regularizer):
     def forward(self, run: Run, batch: Batch) -> Iterator[None]:
         seen = run.cache["activation_density"] = []
 
-        def watch(module: Any, _: Any, out: torch.Tensor) -> None:
-            if module.training:  # not in a reference
-                places = at_rows(out, batch)[batch.sources]
-                seen.append((self.density(places), (places.detach().abs() > self.threshold).float().mean()))
-
         with ExitStack() as stack:
-            for module in activations(run.model):
+            for module, activate in activations(run.model):
+                def watch(module: Any, _: Any, out: torch.Tensor, activate: Any = activate) -> None:
+                    if module.training:  # not in a reference
+                        places = activate(at_rows(out, batch)[batch.sources])
+                        seen.append((self.density(places), (places.detach().abs() > self.threshold).float().mean()))
+
                 stack.callback(module.register_forward_hook(watch).remove)
             yield
 
     def penalty(self, run: Run, batch: Batch) -> torch.Tensor:
         seen = run.cache.pop("activation_density")
+        if not seen:
+            raise TrainingError("activation_density saw no activation in the forward pass of the objective",
+                                remedy="leave it out: this model computes its feed-forward layers without calling their modules")
         density, active = (sum(values) / len(seen) for values in zip(*seen, strict=True))
         for name, value in (("density", density), ("active_share", active)):
             run.sums[name] = run.sums.get(name, 0.0) + float(value.detach()) * batch.count * batch.weight
         return self.strength * density
 
 
-def activations(model: Any) -> list[torch.nn.Module]:
-    """The activation functions in the blocks of a model, in order, each once."""
-    found = {id(m): m for m in blocks(model).modules() if type(m).__module__ in ("transformers.activations", "torch.nn.modules.activation")}
-    return [m for m in found.values() if not list(m.children())]
+def activations(model: Any) -> list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+    """The modules in the blocks of a model whose output, put through the function beside them, is what an activation function gives.
+
+    In a gated layer that is the gate and the layer's activation: the layer may compute both in one piece and never call the activation as a module.
+    """
+    modules = list(blocks(model).modules())
+    gated = [m for m in modules if hasattr(m, "gate_proj") and hasattr(m, "act_fn")]
+    inside = {id(m.act_fn) for m in gated}
+    others = [m for m in modules if type(m).__module__ in ("transformers.activations", "torch.nn.modules.activation") and id(m) not in inside]
+    return [(m.gate_proj, m.act_fn) for m in gated] + [(m, _itself) for m in others if not list(m.children())]
+
+
+def _itself(values: torch.Tensor) -> torch.Tensor:
+    return values
