@@ -52,6 +52,8 @@ class Train(Stage):
     zero: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage: what is spread over the ranks (1 optimizer state, 2 and gradients, 3 and "
                                       "parameters).")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of frozen weights and of computing; what trains is float32.")
+    kernels: bool = Field(default=True, description="Compute attention, LoRA and feed-forward layers by ftpipe's faster functions where they apply; "
+                          "false leaves all to torch, transformers and PEFT. The results differ by rounding.")
     clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
@@ -127,4 +129,5 @@ class Train(Stage):
                    seed=self.seed or 0,
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
-                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="")
+                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
+                   kernels=self.kernels)

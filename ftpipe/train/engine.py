@@ -321,7 +321,7 @@ def _root() -> type:
         def forward(self, batch: Batch | torch.Tensor, look: Callable[[Run, Batch], torch.Tensor] | None = None) -> torch.Tensor:
             run, engine = self._run[0], self._engine[0]
             with ExitStack() as stack:
-                stack.enter_context(torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16"))
+                stack.enter_context(run.autocast())
                 if torch.is_tensor(batch):
                     return run.model(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1]
                 for regularizer in run.regularizers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def _check_first_batch(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int],
         return None
     sequences = [Example(e.row_id, (ids,), (trained,)) for e in rows.examples(min(packs, key=len))
                  for ids, trained in zip(e.input_ids, e.trained, strict=True)]
-    with _autocast(run):
+    with run.autocast():
         return check_packing(run.model, lay_out(sequences, 1.0, run.device), [lay_out([s], 1.0, run.device) for s in sequences], job.dtype)
 
 
@@ -189,22 +190,16 @@ def _out_of_memory(batches: Sequence[Batch], where: str) -> TrainingError:
                          "higher ZeRO stage spread optimizer state and gradients")
 
 
-def _autocast(run: Run):
-    import torch
-
-    return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16")
-
-
 def _some(ids: Sequence[str]) -> str:
     return f"rows {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
 
 
 def _memory(run: Run) -> int:
-    """Bytes: most ever allocated on the GPU, or resident now on the CPU."""
+    """Bytes: most ever allocated on the GPU, or most ever resident on the CPU."""
     import torch
 
     if str(run.device).startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    import psutil
+    import resource
 
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

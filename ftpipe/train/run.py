@@ -137,6 +137,12 @@ class Run:
         dist.all_gather(found, own)
         return [v for size, part in zip(sizes, found, strict=True) for v in part[:int(size)].tolist()]
 
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass: computes in `dtype`."""
+        import torch
+
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. Under ZeRO 3 they hold nothing between forward passes: read them through `engine`."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}

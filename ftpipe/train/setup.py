@@ -31,7 +31,8 @@ class Job:
     model, identity, workspace, base: the base model and the environment that finds it. seed. dtype. zero. world: number of ranks. threads: of each.
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
-    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. checks: compare packed with alone.
+    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
+    `models.kernels`.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Job:
     checkpoint_every: int
     result: str
     rendezvous: str
+    kernels: bool = True
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -142,6 +144,8 @@ def prepare(job: Job, report: Reporter) -> Run:
     """The run with its model prepared and every part ready, nothing trained yet."""
     import torch
 
+    from ftpipe.models import kernels
+    from ftpipe.models.head import split
     from ftpipe.models.loading import load_model, load_tokenizer
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" else "cpu"
@@ -157,7 +161,11 @@ def prepare(job: Job, report: Reporter) -> Run:
     report.alive("preparing the model")
     torch.manual_seed(derive_seed(job.seed, "start"))
     run.model = run.adapt.prepare(base, run).to(device)
+    if job.kernels:
+        kernels.install(run.model, parameters_whole=job.zero < 3)
     run.model.train()
+    with run.autocast():
+        split(run.model)  # found out now, while parameters are whole
     for regularizer in run.regularizers:
         regularizer.prepare(run)
     run.objective.prepare(run)

@@ -26,10 +26,16 @@ def test_the_density_counts_what_is_not_zero_smoothly():
     assert float(method.density(values)) == pytest.approx(statistics.mean(math.tanh(10 * abs(v)) for v in values.tolist()), abs=1e-6)
 
 
-def test_the_penalty_is_the_density_of_the_activated_gates_by_hand(model):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_penalty_is_the_density_of_the_activated_gates_by_hand(model, fused):
+    """Whether a layer calls its activation as a module or computes gate and product in one piece."""
     import torch
 
+    from ftpipe.models import kernels
+
     run = small_run(model, regularizers=({"activation_density": {"strength": 0.7, "sharpness": 30.0, "threshold": 0.02}},))
+    if fused:
+        assert kernels.install(run.model)["swiglu"] == 2
     found = steps(run, examples(8), 1, rate=0.0, alone=True)[0]
     plain = steps(small_run(model), examples(8), 1, rate=0.0, alone=True)[0]
     density, active, count = 0.0, 0, 0
