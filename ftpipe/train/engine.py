@@ -113,6 +113,15 @@ class Engine:
         torch.manual_seed(batch.seed)
         return self.deepspeed(batch)
 
+    def look(self, batch: Batch, function: Callable[[Run, Batch], torch.Tensor]) -> torch.Tensor:
+        """What `function` finds in forward passes without a gradient, under the random state and the disturbances that `loss` has."""
+        import torch
+
+        self.alive(f"step {self.run.step + 1}, a look at {batch.tokens} tokens")
+        torch.manual_seed(batch.seed)
+        with torch.no_grad():
+            return self.deepspeed(batch, function)
+
     def probe(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the last place of each row of token ids [n, T], in evaluation mode: float32 [n, vocabulary]."""
         import torch
@@ -323,7 +332,7 @@ def _root() -> type:
             self.model = run.model
             self._run, self._engine = (run,), (engine,)
 
-        def forward(self, batch: Batch | torch.Tensor) -> torch.Tensor:
+        def forward(self, batch: Batch | torch.Tensor, look: Callable[[Run, Batch], torch.Tensor] | None = None) -> torch.Tensor:
             run, engine = self._run[0], self._engine[0]
             with ExitStack() as stack:
                 stack.enter_context(run.autocast())
@@ -331,7 +340,11 @@ def _root() -> type:
                     return run.model(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1]
                 for regularizer in run.regularizers:
                     stack.enter_context(regularizer.forward(run, batch))
+                if look is not None:
+                    return look(run, batch)
                 total = run.objective.loss(run, batch)
+                for regularizer in run.regularizers:
+                    total = total * regularizer.objective_weight(run)
                 for regularizer in run.regularizers:
                     penalty = regularizer.penalty(run, batch)
                     if penalty is not None:

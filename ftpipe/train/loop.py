@@ -75,6 +75,8 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
         number = own[i] if i < len(own) else len(packs) - 1
         batch = run.objective.collate(run, rows.examples(packs[number]))
         batch.seed, batch.weight = derive_seed(run.seed, "forward", run.step, number), float(i < len(own))
+        for regularizer in run.regularizers:
+            batch = regularizer.inputs(run, batch)
         batches.append(batch)
     count = run.sum(sum(b.count * b.weight for b in batches))
     ids = [i for b in batches if b.weight for i in b.row_ids]
@@ -85,6 +87,8 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
     run.engine.set_learning_rate(rate)
     with _explained(run, batches):
         report.alive(f"step {run.step + 1} of {run.steps}")
+        for part in (*run.regularizers, run.objective):
+            part.before_step(run, batches)
         loss = run.optimizer.take_step(run, batches)
     run.adapt.after_step(run)
     tokens = sum(rows.lengths[n] for n in numbers)

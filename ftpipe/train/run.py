@@ -59,6 +59,11 @@ class Batch:
     def tokens(self) -> int:
         return int(self.input_ids.numel())
 
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and end of each sequence of the batch, in order."""
+        starts = (self.position_ids[0] == 0).nonzero().flatten().tolist()
+        return list(zip(starts, [*starts[1:], self.tokens], strict=True))
+
 
 def _no_rows(n: int) -> list[Batch]:
     raise TrainingError("this run has no rows to look at before training")
@@ -144,6 +149,21 @@ class Run:
         shared = tensor.to(self.device).contiguous().clone()
         dist.broadcast(shared, 0)
         return shared.to(tensor.device)
+
+    def gather(self, values: Sequence[float]) -> list[float]:
+        """The numbers of all ranks, rank by rank; every rank calls it at the same time, with as many numbers as it has."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        import torch
+        import torch.distributed as dist
+
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(values)], dtype=torch.int64, device=self.device))
+        own = torch.zeros(max(int(s) for s in sizes), dtype=torch.float64, device=self.device)
+        own[:len(values)] = torch.tensor(values, dtype=torch.float64)
+        found = [torch.zeros_like(own) for _ in range(self.world)]
+        dist.all_gather(found, own)
+        return [v for size, part in zip(sizes, found, strict=True) for v in part[:int(size)].tolist()]
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass: computes in `dtype`."""

@@ -116,6 +116,25 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
     return records
 
 
+def resumed(folder: Path, model: Path, rows: list[Example], n: int, at: int, **settings: Any) -> tuple[Run, list[dict[str, Any]]]:
+    """A run stopped after step `at` and taken up again by another from its checkpoint, and the records of the steps after that."""
+    from ftpipe.train import checkpoint
+    from ftpipe.train.engine import Engine
+    from ftpipe.train.loop import _restore
+
+    broken = small_run(model, **settings)
+    steps(broken, rows, at)
+    checkpoint.write(folder, checkpoint.Checkpoint(at, broken.engine.trained(), broken.engine.optimizer_state(), list(broken.engine.names), broken.memory))
+    broken.engine.deepspeed.destroy()
+    run = small_run(model, **settings)
+    run.engine.deepspeed.destroy()
+    kept = checkpoint.latest(folder)
+    _restore(run, kept)
+    run.engine = Engine(run, 1.0, touched=kept.parameters)
+    run.engine.restore(kept.optimizer)
+    return run, steps(run, rows, n, first=at)
+
+
 CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "unequal": {"zero": 2, "batch_tokens": 50, "rows_per_step": 5},
     "offload": {"zero": 2, "offload": True},
@@ -126,6 +145,8 @@ CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "lisa": {"zero": 3, "adapt": {"lisa": {"active": 1, "every": 2}}, "optimizer": {"adamw": {"eps": 1e-3}}},
     "gmt": {"zero": 3, "adapt": {"gmt": {"keep_ratio": 0.2}}, "optimizer": {"adamw": {"eps": 0.1}}},
     "s2ft": {"zero": 3, "adapt": {"s2ft": {"down": 0.1, "output": 0.4, "up": 0.05, "value": 0.5}}},
+    "talr": {"zero": 2, "objective": "talr", "batch_tokens": 50, "rows_per_step": 5},
+    "noise": {"zero": 3, "regularizers": [{"noisefit": {"layers": 1, "noise_std": 1.0}}, "masked_thought", "neftune"], "batch_tokens": 50, "rows_per_step": 5},
 }
 TAKE = ("batch_tokens", "rows_per_step")
 
