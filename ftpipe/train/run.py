@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ftpipe.models.quantize.base import Quantizer
     from ftpipe.train.adapt.base import Adapt
     from ftpipe.train.engine import Engine
     from ftpipe.train.objective.base import Objective
@@ -68,6 +69,7 @@ class Run:
         identity: the base model's identity, see `models.loading.identity`.
         load_tokenizer: loads the base model's tokenizer.
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
+        quantize: the method of models/quantize that made the base small, or None.
         engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
             start with the method's name.
@@ -93,6 +95,7 @@ class Run:
     objective: Objective | None = None
     regularizers: tuple[Regularizer, ...] = ()
     optimizer: Optimizer | None = None
+    quantize: Quantizer | None = None
     engine: Engine | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,8 @@ class Job:
     model, identity, workspace, base: the base model and the environment that finds it. seed. dtype. zero. world: number of ranks. threads: of each.
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
-    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. checks: compare packed with alone.
+    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. quantize: method of
+    models/quantize in YAML form, None for the base as it is.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Job:
     checkpoint_every: int
     result: str
     rendezvous: str
+    quantize: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -146,13 +148,15 @@ def prepare(job: Job, report: Reporter) -> Run:
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" else "cpu"
 
+    quantize: Any = slots.parse("models/quantize", job.quantize) if job.quantize else None
+
     def load_base() -> torch.nn.Module:
-        return load_model(job.model, job.env, dtype=job.dtype, device=device).requires_grad_(False)
+        return load_model(job.model, job.env, dtype=job.dtype, device=device, quantize=quantize).requires_grad_(False)
 
     report.alive("loading the model")
     run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
               device=device, dtype=job.dtype, zero=job.zero, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
-              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"))
+              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"), quantize=quantize)
     base = load_base()
     report.alive("preparing the model")
     torch.manual_seed(derive_seed(job.seed, "start"))

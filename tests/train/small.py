@@ -65,7 +65,7 @@ def group(folder: Path, world: int = 1):
 
 
 def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0, adapt: Any = None, objective: Any = None,
-              optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1) -> Run:
+              optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1, quantize: Any = None) -> Run:
     """A prepared run with its engine."""
     import torch
 
@@ -73,17 +73,21 @@ def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float
     from ftpipe.train.engine import Engine
     from ftpipe.train.run import derive_seed
 
+    small = slots.parse("models/quantize", quantize) if quantize else None
+
     def load_base() -> Any:
         from transformers import AutoModelForCausalLM
 
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         loaded.config.use_cache = False
-        return loaded.eval().requires_grad_(False)
+        loaded = small.quantize(loaded.eval()) if small else loaded.eval()
+        loaded.quantized_by = small
+        return loaded.requires_grad_(False)
 
     run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=lambda: None, rank=rank, world=world, dtype=dtype, zero=zero,
               seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}), objective=slots.parse("train/objective", objective or "sft"),
               optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
-              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers))
+              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers), quantize=small)
     base = load_base()
     torch.manual_seed(derive_seed(seed, "start"))
     run.model = run.adapt.prepare(base, run)

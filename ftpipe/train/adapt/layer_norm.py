@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ftpipe.train.adapt._weights import WeightsAdapt, refuse_empty
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 class LayerNorm(WeightsAdapt):
     """Every parameter of a module whose class name contains `norm` (LayerNorm, RMSNorm and their kin)."""
+
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "nf4")
 
     def chosen(self, model: torch.nn.Module) -> list[str]:
         names = [f"{m}.{p}" if m else p for m, module in model.named_modules() if "norm" in type(module).__name__.lower()

@@ -16,6 +16,7 @@ class Lora(PeftAdapt):
     """A is drawn at random and B starts at zero, so that training starts at the base model exactly. Trains r (d_in + d_out) parameters a layer."""
 
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models"
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "nf4")
 
     r: int = Field(default=16, ge=1, description="Rank of the change.")
     alpha: float = Field(default=32, gt=0, description="Scale of the change: it is multiplied by alpha / r (alpha / sqrt(r) with rslora).")
@@ -26,6 +27,10 @@ class Lora(PeftAdapt):
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r), so that a higher rank does not learn more slowly.")
     dora: bool = Field(default=False, description="Train the length of each weight column apart from its direction (DoRA).")
     init: Literal["default", "gaussian", "orthogonal"] = Field(default="default", description="How A is drawn: uniform (Kaiming), normal, or orthogonal pairs.")
+
+    def trains_beside(self, quantize: str) -> bool:
+        # DoRA needs the length of each column of the base's weight, and PEFT knows how to widen those of bitsandbytes alone
+        return super().trains_beside(quantize) and not (self.dora and quantize == "int8")
 
     def config(self) -> PeftConfig:
         from peft import LoraConfig
