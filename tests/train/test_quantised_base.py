@@ -20,8 +20,16 @@ METHODS = ["int8", pytest.param("nf4", marks=needs_bitsandbytes)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """64 inputs a layer at least: a block of nf4."""
-    return make_tiny_model(tmp_path_factory.mktemp("model"), hidden=64)
+    """64 inputs a layer at least: a block of nf4. Its linear layers are six times as large as a new model's, whose logits are little but those of the
+    embedding, so that what happens to the layers is seen."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"), hidden=64)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t * 6 if "_proj" in n else t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,7 @@ def trained(model, tmp_path_factory):
     """A real rank, ZeRO 2, bfloat16, 4-bit base."""
     if find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed (pip install 'ftpipe[gpu]')")
-    return planted.train(tmp_path_factory.mktemp("trained"), model, quantize="nf4", dtype="bfloat16", zero=2, epochs=4, learning_rate=3e-2)
+    return planted.train(tmp_path_factory.mktemp("trained"), model, quantize="nf4", dtype="bfloat16", zero=2, epochs=4, learning_rate=1e-2)
 
 
 def frozen_bits(run):
@@ -113,7 +121,8 @@ def test_the_stage_says_what_the_base_was(trained, model):
     summary = json.loads((trained.out / "train.json").read_text())
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
     assert summary["parameters"] == whole + summary["trainable"], "packed weights count one by one"
-    assert planted.losses(trained)[-1] < planted.losses(trained)[0] - 0.3
+    losses = planted.losses(trained)
+    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.2, losses
     assert {n.split(".lora_")[1][0] for n in planted.tensors(trained)} == {"A", "B"}
     assert trained.notes["probe_difference"] < 0.02
 
@@ -136,8 +145,8 @@ def test_loaded_afresh_it_sits_on_the_same_quantised_base(trained, model):
 
     try:
         right = away(json.loads(kept)["quantize"])
-        assert right < 0.02
-        assert all(away(q) > 2 * right for q in (None, {"nf4": {"levels": "fp4"}}))
+        wrong = [away(q) for q in (None, {"nf4": {"levels": "fp4"}})]
+        assert right < 0.02 and min(wrong) > 0.1, (right, wrong)
     finally:
         path.write_text(kept)
 
@@ -160,7 +169,7 @@ def test_merged_it_is_what_was_trained_and_on_the_original_base_it_is_not(traine
         return float((logits(merged, ids) - expected).abs().max() / expected.abs().max())
 
     assert away("trained") < tolerance
-    assert away("original") > 2 * away("trained")
+    assert away("original") > 3 * tolerance
 
 
 def test_merging_stages_keep_the_base_it_belongs_to(trained, model, tmp_path):
