@@ -137,10 +137,12 @@ def quantized_on_disk(model: str, env: Environment) -> str | None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars for the reading of weights, and no guess of DeepSpeed's (which PEFT imports where it is installed) about the device."""
+    """No progress bars for the reading of weights, no guess of DeepSpeed's (which PEFT imports where it is installed) about the device, and no word of
+    bitsandbytes' (likewise) about a kernel for CPUs that nothing here uses."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("DS_ACCELERATOR", default_device())
 
 

@@ -54,10 +54,13 @@ def logits(model, ids):
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", METHODS)
-def test_only_lora_changes_and_the_zero_stages_agree(name, model):
+def test_only_lora_changes_and_the_zero_stages_agree(name, model, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
     from ftpipe import slots
 
-    found = {}
+    found, probes, saved = {}, {}, {}
     for zero in slots.slots()["models/quantize"].get(name).zero_stages:
         run = small_run(model, quantize=name, zero=zero)
         assert len(run.quantize.small(run.model)) == 14 and all(".lora_" in n for n in run.trainable())
@@ -69,7 +72,15 @@ def test_only_lora_changes_and_the_zero_stages_agree(name, model):
         assert before.keys() == after.keys() and all(after[n].equal(t) for n, t in before.items()), "the base keeps its bits"
         assert all(p.grad is None for n, p in run.model.named_parameters() if ".lora_" not in n)
         assert [n for n in start if run.engine.value(n).equal(start[n])] == []
+        probes[zero] = run.engine.probe(torch.arange(5, 45)[None])
+        (tmp_path / str(zero)).mkdir()
+        run.adapt.save(run.model, run.engine.state(), tmp_path / str(zero))
+        saved[zero] = load_file(tmp_path / str(zero) / "adapter_model.safetensors")
         run.engine.deepspeed.destroy()
+    assert set(found) == {0, 1, 2, 3}
+    for zero in found:
+        torch.testing.assert_close(probes[zero], probes[0], rtol=1e-4, atol=1e-5)
+        assert all((t - saved[0][n]).abs().max() < 1e-4 for n, t in saved[zero].items()) and saved[zero].keys() == saved[0].keys()
     for other in found.values():
         assert [v for r in other for v in r] == pytest.approx([v for r in found[0] for v in r], abs=2e-5)
 
@@ -221,7 +232,6 @@ def check(model, **settings):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"quantize": "nf4", "zero": 3, "ranks": 2}, "nf4 does not work under ZeRO stage 3"),
     ({"quantize": "nf4", "adapt": "full"}, "full, with these settings, does not train on a base quantised by nf4"),
     ({"quantize": "int8", "adapt": {"lora": {"dora": True}}}, "lora, with these settings, does not train on a base quantised by int8"),
 ])
@@ -235,6 +245,15 @@ def test_what_can_work_is_not_refused(model):
     check(model, quantize="nf4", adapt={"lora": {"dora": True}})
     check(model, quantize={"nf4": {"levels": "fp4", "double": False}})
     check(model, quantize="int8", zero=3, ranks=2)
+
+
+def test_a_method_is_not_used_under_a_zero_stage_it_does_not_name(model, monkeypatch):
+    from ftpipe.models.quantize.int8 import Int8
+
+    monkeypatch.setattr(Int8, "zero_stages", (0, 1))
+    with pytest.raises(ConfigError, match="int8 does not work under ZeRO stage 2") as caught:
+        check(model, quantize="int8", zero=2)
+    assert caught.value.remedy == "set zero to 0 or 1"
 
 
 def test_without_the_library_the_plan_fails(model, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
 
 
 def bitsandbytes() -> Any:
-    """The library, imported without a word and without what it would fetch: where the package `kernels` is installed it downloads and runs a kernel from the
+    """The library, imported without what it would fetch: where the package `kernels` is installed it downloads and runs a kernel from the
     hub for CPUs with AVX512-BF16, which nobody asked for and nothing here uses."""
     hidden = "kernels" not in sys.modules and "bitsandbytes" not in sys.modules
     if hidden:
         sys.modules["kernels"] = None  # type: ignore[assignment]
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     finally:
@@ -45,6 +43,8 @@ class Nf4(Quantizer):
     anyway, norms compute in float32 inside, and a tied embedding is the larger part of a small model. The paper's third part, paged optimizers, is a
     matter of the optimizer, not of this method.
 
+    ZeRO 3 spreads the packed weights over the ranks; the blocks' constants stay whole on each.
+
     The eval-time repacking that bitsandbytes does on CPUs with AVX512-BF16 is turned off: it rounds the constants once more, for good, and has no gradient,
     so that one evaluation would change the base that goes on training.
     """
@@ -52,7 +52,7 @@ class Nf4(Quantizer):
     paper: ClassVar[str] = "QLoRA: Efficient Finetuning of Quantized LLMs"
     needs: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "bitsandbytes")
-    zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2)
+    zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
 
     levels: Literal["nf4", "fp4"] = Field(default="nf4", description="The 16 values that a weight can have: quantiles of the normal distribution, or "
                                           "floating-point numbers of 4 bits.")
