@@ -113,6 +113,11 @@ def same_base(folders: Mapping[str, Path]) -> dict[str, Any]:
         if any(own["base"].get(k) != other["base"].get(k) for k in ("weights", "config")):
             raise ConfigError(f"{first} is for {own['base'].get('model')}, {name} for {other['base'].get('model')}",
                               remedy="only adapters for one base can be combined")
+        if own.get("quantize") != other.get("quantize"):
+            def said(facts: dict[str, Any]) -> str:
+                return f"quantised by {json.dumps(facts['quantize'])}" if facts.get("quantize") else "as it is"
+            raise ConfigError(f"{first} was trained on the base {said(own)}, {name} on the base {said(other)}",
+                              remedy="only adapters for one base can be combined; train them with the same `quantize`")
     return own
 
 
@@ -179,42 +184,48 @@ def write(folder: Path, deltas: Deltas, facts: Mapping[str, Any], base: Callable
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
         method: dict[str, Any] = lora.dump()
         count = sum(t.numel() for t in tensors.values())
+    elif facts.get("quantize"):
+        raise ConfigError("the result is no longer of low rank, and whole weights have no place in a quantised base",
+                          remedy="use a method that keeps the rank low, or train on the base as it is")
     else:
         weights = base()
         dtype = getattr(torch, facts.get("dtype", "float32"))
         whole = {n: (weights[n] + d.dense()).to(dtype).contiguous() for n, d in sorted(deltas.items())}
         save_file(whole, folder / FULL, metadata={"format": "pt"})
         method, count = {"full": {}}, sum(t.numel() for t in whole.values())
-    kept = {k: facts[k] for k in ("base", "tokenizer", "chat_template", "dtype") if k in facts}
+    kept = {k: facts[k] for k in ("base", "tokenizer", "chat_template", "dtype", "quantize") if k in facts}
     (folder / FACTS).write_text(json.dumps(kept | {"method": method, "trainable": count}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def base_weights(model: str, env: Environment) -> Callable[[], dict[str, torch.Tensor]]:
-    """A function that loads the base model's weights once, in float32 on the CPU, by parameter name."""
+def base_weights(model: str, env: Environment, facts: Mapping[str, Any] | None = None) -> Callable[[], dict[str, torch.Tensor]]:
+    """A function that loads the base model's weights once, in float32 on the CPU, by parameter name. facts: those of the adapter; if it was trained on a
+    quantised base, the weights are those that base stands for."""
     from functools import lru_cache
 
     @lru_cache
     def load() -> dict[str, torch.Tensor]:
-        from ftpipe.models.loading import load_model
+        from ftpipe.models.loading import load_model, quantized_base
 
-        return dict(load_model(model, env, dtype="float32", device="cpu").state_dict())
+        loaded = quantized_base(model, env, facts or {})
+        return dict((load_model(model, env, dtype="float32", device="cpu") if loaded is None else loaded).state_dict())
 
     return load
 
 
-def probe(model: str, env: Environment, deltas: Deltas, dtype: str, path: Path) -> None:
-    """Write `probe.safetensors`: logits of the base model with the changes added to its weights. It does not go through the adapter folder, so
-    that whoever loads the folder and compares finds out if it does not hold what was computed."""
+def probe(model: str, env: Environment, deltas: Deltas, dtype: Any, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write `probe.safetensors`: logits of the base model (see `base_weights` for `facts`) with the changes added to its weights, in `dtype`. It does not go
+    through the adapter folder, so that whoever loads the folder and compares finds out if it does not hold what was computed."""
     import torch
     from safetensors.torch import save_file
 
     from ftpipe.evaluate.suites.general_text import OWN
-    from ftpipe.models.loading import load_model, load_tokenizer
+    from ftpipe.models.loading import load_model, load_tokenizer, quantized_base
 
     tokenizer = load_tokenizer(model, env)
     lines = OWN.read_text(encoding="utf-8").splitlines()[:PROBE_ROWS]
     ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:PROBE_TOKENS] for line in lines])
-    loaded = load_model(model, env, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    loaded = quantized_base(model, env, facts or {}, dtype=dtype)
+    loaded = load_model(model, env, dtype=dtype, device="cpu") if loaded is None else loaded
     parameters = dict(loaded.named_parameters())
     with torch.inference_mode():
         for name, delta in deltas.items():

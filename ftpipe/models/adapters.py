@@ -88,7 +88,7 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
                         sparse[name] = tensor
                         continue
                     _fits(name, tensor, parameters, modules, file)
-                    change[name] = bool((tensor != parameters[name].to(tensor.dtype)).any()) if name in parameters else bool(tensor.any())
+                    change[name] = bool((tensor != parameters[name].to(tensor.device, tensor.dtype)).any()) if name in parameters else bool(tensor.any())
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"cannot be read as safetensors: {error}", where=str(file)) from error
         for name, part in parts_of(sparse, str(file)).items():
@@ -128,10 +128,14 @@ def _fits(name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor
     if target not in modules:
         raise fail(f"it has no module {target}")
     weight = getattr(modules[target], "weight", None)
-    if weight is None or weight.dim() != 2:
+    # a quantised layer's weight may be packed; it says itself how many outputs and inputs it has
+    shape = [getattr(modules[target], n, None) for n in ("out_features", "in_features")]
+    if None in shape:
+        shape = [] if weight is None else list(weight.shape)
+    if len(shape) != 2:
         return
     # A is rank x inputs, B is outputs x rank; an embedding's pair is transposed
-    sizes = {"A.": (1, weight.shape[1]), "B.": (0, weight.shape[0]), "embedding_A": (1, weight.shape[0]), "embedding_B": (0, weight.shape[1])}
+    sizes = {"A.": (1, shape[1]), "B.": (0, shape[0]), "embedding_A": (1, shape[0]), "embedding_B": (0, shape[1])}
     for prefix, (axis, size) in sizes.items():
         if kind.startswith(prefix) and tensor.dim() == 2 and tensor.shape[axis] != size:
-            raise fail(f"the module's weight is {list(weight.shape)}")
+            raise fail(f"the module's weight is {shape}")

@@ -34,11 +34,12 @@ class Compress(Stage):
     def run(self, ctx: StageContext) -> None:
         from ftpipe.merge._deltas import base_weights, facts_of, probe, read
 
-        source, base = ctx.inputs[self.adapter].file("adapter"), base_weights(self.model, ctx.env)
+        source = ctx.inputs[self.adapter].file("adapter")
+        base = base_weights(self.model, ctx.env, facts_of(source))
         out = ctx.out / "adapter"
         said = self.method.compress(source, out, base)
         try:
-            probe(self.model, ctx.env, read(out, base), facts_of(out).get("dtype", "float32"), ctx.out / PROBE)
+            probe(self.model, ctx.env, read(out, base), facts_of(out).get("dtype", "float32"), ctx.out / PROBE, facts_of(out))
         except ConfigError:  # no sum of weight changes: the trained model's own logits must then hold for the smaller adapter too
             if ctx.inputs[self.adapter].has(PROBE):
                 shutil.copyfile(ctx.inputs[self.adapter].file(PROBE), ctx.out / PROBE)

@@ -31,11 +31,12 @@ class Merge(Stage):
         from ftpipe.merge._deltas import base_weights, norm, probe, read, same_base, write
 
         folders = {name: ctx.inputs[name].file("adapter") for name in self.adapters}
-        facts, base = same_base(folders), base_weights(self.model, ctx.env)
+        facts = same_base(folders)
+        base = base_weights(self.model, ctx.env, facts)
         deltas = {name: read(folder, base) for name, folder in folders.items()}
         merged, said = self.method.merge(deltas)
         write(ctx.out / "adapter", merged, facts, base)
-        probe(self.model, ctx.env, merged, facts.get("dtype", "float32"), ctx.out / "probe.safetensors")
+        probe(self.model, ctx.env, merged, facts.get("dtype", "float32"), ctx.out / "probe.safetensors", facts)
         said |= {"method": self.method.dump(), "adapters": list(folders), "weights_changed": len(merged), "norm": norm(merged),
                  "norms": {name: norm(d) for name, d in deltas.items()}}
         (ctx.out / "merge.json").write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")

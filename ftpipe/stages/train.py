@@ -33,6 +33,9 @@ class Train(Stage):
     rows: Ref = Field(description="Stage whose rows are trained on.")
     model: str = Field(default="", description="Base model; the pipeline's if not set.")
     seed: int | None = Field(default=None, description="Seed of initialisation, order and dropout; the pipeline's if not set.")
+    quantize: choose("models/quantize") | None = Field(  # type: ignore[valid-type]
+        default=None, description="Keep the frozen base in few bits while an adapter trains beside it, such as `nf4` (QLoRA); the base as it is if not set. "
+        "The adapter then belongs to the quantised base.")
     adapt: choose("train/adapt") = Field(default=Lora(), description="What trains and where it starts, such as `lora: {r: 16}`.")
     objective: choose("train/objective") = Field(default=Sft(), description="What is minimised.")
     regularizers: list[choose("train/regularizer")] = Field(default=[], description="Terms added to the objective.")
@@ -98,13 +101,15 @@ class Train(Stage):
             raise ConfigError("ZeRO stage 3 spreads the parameters over ranks, and there is one rank", remedy="set ranks to 2 or more, or zero to 2")
         if self.offload == "optimizer" and self.zero not in (1, 2):
             raise ConfigError(f"the optimizer is offloaded under ZeRO stages 1 and 2, and zero is {self.zero}", remedy="set zero to 1 or 2, or offload: none")
-        for method in (self.adapt, *self.regularizers, self.optimizer):
+        parts = (self.adapt, *self.regularizers, self.optimizer, *([self.quantize] if self.quantize else []))
+        for method in parts:
             if self.zero not in type(method).zero_stages:
-                common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in (self.adapt, *self.regularizers, self.optimizer))]
+                common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in parts)]
                 raise ConfigError(f"{method.name()} does not work under ZeRO stage {self.zero}",
                                   remedy=f"set zero to {' or '.join(map(str, common))}" if common else "these methods have no ZeRO stage in common")
         for method in (*self.regularizers, self.optimizer):
             method.check(self)
+        self._check_base(env)
         source = pipeline.get(self.rows)
         if source is not None and source.produces not in ("rows", ""):
             raise ConfigError(f"rows names {self.rows!r}, which makes {source.produces}, not rows", remedy="name a stage that passes rows on")
@@ -113,6 +118,20 @@ class Train(Stage):
         """The parts that read or change gradients between backward and update, in the order in which they do."""
         parts = [(self.adapt, Adapt), *((r, Regularizer) for r in self.regularizers)]
         return [part for part, base in parts if type(part).on_gradients is not base.on_gradients]
+
+    def _check_base(self, env: Environment) -> None:
+        """A base in few bits: one that its files say is quantised is not trained on, and not every method trains beside one."""
+        from ftpipe.models.loading import quantized_on_disk
+
+        if already := quantized_on_disk(self.model, env):
+            raise ConfigError(f"the model {self.model!r} is stored quantised, by {already}; training beside such weights is not served",
+                              remedy="name the model with whole weights, and set `quantize: nf4` to train beside 4-bit weights made of them")
+        if self.quantize is None:
+            return
+        self.quantize.ready()
+        if not self.adapt.trains_beside(self.quantize.name()):
+            raise ConfigError(f"{self.adapt.name()}, with these settings, does not train on a base quantised by {self.quantize.name()}",
+                              remedy="leave `quantize` out, or use `adapt: lora`")
 
     def _ranks(self) -> int:
         return max(1, launching.devices()) if self.ranks == "auto" else self.ranks
@@ -140,8 +159,8 @@ class Train(Stage):
                 "rows_per_step": self.rows_per_step or (None if self.tokens_per_step else ROWS_PER_STEP), "shuffle": self.shuffle,
                 "alone": not self.packing or not type(self.adapt).packs}
         parts = {n: getattr(self, n).dump() for n in ("adapt", "objective", "optimizer", "schedule")} | {"regularizers": [r.dump() for r in self.regularizers]}
-        return Job(model=self.model, identity=identity, workspace=str(ctx.env.workspace), base=str(ctx.env.base), pipeline=ctx.env.pipeline,
-                   seed=self.seed or 0,
+        return Job(model=self.model, identity=identity, quantize=self.quantize.dump() if self.quantize else None, workspace=str(ctx.env.workspace),
+                   base=str(ctx.env.base), pipeline=ctx.env.pipeline, seed=self.seed or 0,
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
                    checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",

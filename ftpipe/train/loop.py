@@ -191,8 +191,8 @@ def _finish(run: Run, job: Job, rows: Rows, steps: Sequence[tuple[int, list[int]
     (temporary / "adapter").mkdir(parents=True)
     run.adapt.save(run.model, state, temporary / "adapter")
     save_file({"input_ids": ids, "logits": logits.cpu()}, temporary / "probe.safetensors")
-    summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": sum(
-        getattr(p, "ds_numel", p.numel()) for p in run.model.parameters()), "packing_difference": packing}
+    size = run.quantize.parameters(run.model) if run.quantize else sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
+    summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": size, "packing_difference": packing}
     (temporary / "metrics.json").write_text(json.dumps({"metrics": metrics, **summary}), encoding="utf-8")
     os.rename(temporary, final)
     report("done", **summary)

@@ -65,6 +65,8 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     shutil.copy2(result / "probe.safetensors", ctx.out / "probe.safetensors")
     manifest = {"method": stage.adapt.dump(), "base": job.identity, "tokenizer": job.identity["tokenizer"], "chat_template": job.identity["chat_template"],
                 "dtype": job.dtype, "trainable": told["trainable"]}
+    if job.quantize:
+        manifest["quantize"] = job.quantize  # whoever loads the adapter makes the base small in the same way
     if job.learning_rate == 0:
         manifest["zero_delta"] = True  # training was told to learn nothing, so an adapter that changes nothing is what was asked for
     (ctx.out / "adapter" / "ftpipe_adapter.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")

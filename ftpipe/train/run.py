@@ -13,6 +13,7 @@ from ftpipe.errors import TrainingError
 if TYPE_CHECKING:
     import torch
 
+    from ftpipe.models.quantize.base import Quantizer
     from ftpipe.train.adapt.base import Adapt
     from ftpipe.train.engine import Engine
     from ftpipe.train.objective.base import Objective
@@ -84,6 +85,7 @@ class Run:
             each once and in a micro-batch of its own, the same on every rank, whatever the settings that spread the work.
         alive: says what is being done; whatever takes minutes before the first step calls it now and then, or the rank counts as stuck.
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
+        quantize: the method of models/quantize that made the base small, or None.
         engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
             start with the method's name. After a kill it is there again before any part is prepared, so that none of them computes its start anew.
@@ -110,6 +112,7 @@ class Run:
     objective: Objective | None = None
     regularizers: tuple[Regularizer, ...] = ()
     optimizer: Optimizer | None = None
+    quantize: Quantizer | None = None
     engine: Engine | None = None
     calibration: Callable[[int], list[Batch]] = _no_rows
     alive: Callable[[str], None] = lambda doing: None

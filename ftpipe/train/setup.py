@@ -32,7 +32,8 @@ class Job:
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
-    `models.kernels`. diverged: see `loop.stop_if_diverged`. offload: optimizer state on the CPU.
+    `models.kernels`. diverged: see `loop.stop_if_diverged`. offload: optimizer state on the CPU. quantize: method of
+    models/quantize in YAML form, None for the base as it is.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Job:
     kernels: bool = True
     diverged: float = 0.0
     offload: bool = False
+    quantize: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -152,8 +154,10 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" else "cpu"
 
+    quantize: Any = slots.parse("models/quantize", job.quantize) if job.quantize else None
+
     def load_base() -> torch.nn.Module:
-        return load_model(job.model, job.env, dtype=job.dtype, device=device).requires_grad_(False)
+        return load_model(job.model, job.env, dtype=job.dtype, device=device, quantize=quantize).requires_grad_(False)
 
     def first_rows(n: int) -> list[Batch]:
         rows = await_rows(Path(job.tokens), report)
@@ -163,7 +167,8 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
     report.alive("loading the model")
     run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
               device=device, dtype=job.dtype, zero=job.zero, offload=job.offload, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
-              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"), calibration=first_rows, alive=report.alive, memory=dict(memory))
+              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"), calibration=first_rows, alive=report.alive, memory=dict(memory),
+              quantize=quantize)
     base = load_base()
     report.alive("preparing the model")
     torch.manual_seed(derive_seed(job.seed, "start"))

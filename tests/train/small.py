@@ -68,7 +68,7 @@ def group(folder: Path, world: int = 1):
 
 def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0,
               adapt: Any = None, objective: Any = None, optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1,
-              rows: list[Example] | None = None, memory: dict[str, Any] | None = None) -> Run:
+              rows: list[Example] | None = None, memory: dict[str, Any] | None = None, quantize: Any = None) -> Run:
     """A prepared run with its engine. rows: what a method is shown that looks at data before training; memory: what a checkpoint kept."""
     import torch
 
@@ -77,17 +77,21 @@ def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str =
     from ftpipe.train.engine import Engine
     from ftpipe.train.run import derive_seed
 
+    small = slots.parse("models/quantize", quantize) if quantize else None
+
     def load_base() -> Any:
         from transformers import AutoModelForCausalLM
 
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         loaded.config.use_cache = False
-        return loaded.eval().requires_grad_(False)
+        loaded = small.quantize(loaded.eval()) if small else loaded.eval()
+        loaded.quantized_by = small
+        return loaded.requires_grad_(False)
 
     run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=lambda: None, rank=rank, world=world, dtype=dtype, zero=zero,
               offload=offload, seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}),
               objective=slots.parse("train/objective", objective or "sft"), optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
-              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers), memory=dict(memory or {}))
+              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers), memory=dict(memory or {}), quantize=small)
     shown = InMemory(rows or examples())
     run.calibration = lambda n: calibration(Plan(shown.lengths, shown.times, seed, 100, rows_per_step=8), shown, n)
     base = load_base()

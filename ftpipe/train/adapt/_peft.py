@@ -89,6 +89,9 @@ class PeftAdapt(Adapt):
         return loaded.eval()
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        if getattr(model.get_base_model(), "quantized_by", None) is not None:
+            raise ConfigError("the adapter is on a quantised base, whose weights cannot hold its change",
+                              remedy="load it with `load_merged`, or with `load_adapted(dequantized=True)`, which put whole weights in their place")
         try:
             return model.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:

@@ -29,6 +29,7 @@ class LayerNorm(MaskedAdapt):
     """
 
     paper: ClassVar[str] = "LayerNorm: A key component in parameter-efficient fine-tuning"
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "nf4")
 
     heads: bool = Field(default=False, description="Also train norms inside attention that act on single heads.")
     fisher_share: float | None = Field(default=None, gt=0, le=1, description="Share of the norms' entries that train, those of largest Fisher information; all "
@@ -63,11 +64,10 @@ class LayerNorm(MaskedAdapt):
 
         total = {n: torch.zeros_like(p) for n, p in trained.items()}
         rows = run.calibration(self.fisher_rows)
-        context = torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16")
         model.eval()
         for number, row in enumerate(rows, start=1):
             run.alive(f"Fisher information of row {number} of {len(rows)}")
-            with context:
+            with run.autocast():
                 loss = token_losses(model, row).sum()
             for sum_, gradient in zip(total.values(), torch.autograd.grad(loss, list(trained.values())), strict=True):
                 sum_ += gradient.square()
