@@ -45,7 +45,9 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", 0)
     scaled = any(getattr(config, a, None) for a in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    if batch.targets.numel() * vocabulary <= WHOLE or scaled:
+    # PEFT puts a prompt in front outside of the base model, which alone would not see it.
+    prompted = hasattr(model, "prompt_encoder")
+    if batch.targets.numel() * vocabulary <= WHOLE or scaled or prompted:
         return cross_entropy(logits(model, batch).float(), batch.targets, reduction="none")
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone, head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()

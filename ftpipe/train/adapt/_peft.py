@@ -70,14 +70,14 @@ class PeftAdapt(Adapt):
         (folder / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModelForCausalLM
         from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         config.init_lora_weights = getattr(config, "init_lora_weights", None) if config.peft_type != "LORA" else True
-        loaded = PeftModel(model, config, autocast_adapter_dtype=False)
+        loaded = PeftModelForCausalLM(model, config, autocast_adapter_dtype=False)
         tensors = load_file(folder / WEIGHTS)
         expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
         if different := sorted(expected ^ set(tensors)):
