@@ -18,11 +18,11 @@ SETTINGS = {  # the defaults of these suit large layers only
     "vblora": {"num_vectors": 8, "vector_length": 16, "topk": 2}, "randlora": {"r": 4}, "vera": {"r": 4}, "pvera": {"r": 4}, "fourierft": {"n_frequency": 20},
     "waveft": {"n_frequency": 20}, "boft": {"boft_block_size": 4}, "oft": {"oft_block_size": 8, "r": 0}, "c3a": {"block_size": 16}, "hra": {"r": 4},
     "road": {"group_size": 16}, "miss": {"r": 4}, "psoft": {"r": 4}, "shira": {"r": 4},
-    "lora": {"r": 4}, "trainable_tokens": {"tokens": ["a", "e"], "token_ids": [40, 41, 42]}, "cpt": {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 4]},
+    "lora": {"r": 4}, "bottleneck": {"size": 8}, "parallel": {"size": 8}, "mam": {"size": 8, "prefix": 4, "prefix_network": 16},
+    "trainable_tokens": {"tokens": ["a", "e"], "token_ids": [40, 41, 42]}, "cpt": {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 4]},
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
 }
-STARTS_ELSEWHERE = {"c3a", "fourierft", "unilora", "vblora", "prompt_tuning", "p_tuning", "multitask_prompt_tuning", "prefix_tuning", "cartridge", "cpt", "mam",
-                    "bottleneck"}
+STARTS_ELSEWHERE = {"c3a", "fourierft", "unilora", "vblora", "prompt_tuning", "p_tuning", "multitask_prompt_tuning", "prefix_tuning", "cartridge", "cpt", "mam"}
 """Methods whose start is not the base model, by their papers or PEFT's defaults; all others must start there."""
 
 

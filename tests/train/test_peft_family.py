@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import MISSING, fields
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal
 
 import pytest
 
@@ -22,10 +22,10 @@ def resolve(text: str, known: str = "") -> Any:
 
 
 def test_annotations_are_understood_without_running_them():
-    assert resolve("Optional[Union[list[int], int]]") == Optional[Union[list[int], int]]
-    assert resolve("bool | Literal['bat', 'mini']") == Union[bool, Literal["bat", "mini"]]
-    assert resolve("Optional[dict[str, Union[int, float]]]") == Optional[dict[str, Union[int, float]]]
-    assert resolve("Optional[list[tuple[int, int]]]") == Optional[list[tuple[int, int]]]
+    assert resolve("Optional[Union[list[int], int]]") == list[int] | int | None
+    assert resolve("bool | Literal['bat', 'mini']") == bool | Literal["bat", "mini"]
+    assert resolve("Optional[dict[str, Union[int, float]]]") == dict[str, int | float] | None
+    assert resolve("Optional[list[tuple[int, int]]]") == list[tuple[int, int]] | None
     assert resolve("Union[str, Kind]", "class Kind(str, Enum):\n    A = 'a'\n    B = 'b'") == Literal["a", "b"]
     assert resolve("Kind", "Kind = Literal['x']") == Literal["x"]
     for hostile in ("__import__('os').system('true')", "[].__class__", "Unknown", "Optional[Unknown]", "int if 1 else str"):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib.util import find_spec
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_core import PydanticUndefined
@@ -139,7 +140,7 @@ def _union(types: list[Any]) -> Any:
     # `Union[SomeEnum, str]` is how PEFT writes "one of these names".
     if any(getattr(t, "__origin__", None) is Literal for t in types):
         types = [t for t in types if t is not str]
-    return Optional[types[0]] if len(types) == 2 and types[1] is None else Union[tuple(types)]
+    return reduce(or_, types)
 
 
 def _value(node: ast.expr, known: dict[str, Any]) -> Any:
@@ -168,7 +169,7 @@ def _field(node: ast.AnnAssign, known: dict[str, Any]) -> tuple[Any, Any]:
         what["default_factory"] = _type(factory, known)
     else:
         what["default"] = _value(default, known) if default is not None else PydanticUndefined
-        annotation = Optional[annotation] if what["default"] is None else annotation
+        annotation = annotation | None if what["default"] is None else annotation
     return annotation, Field(**what)
 
 
