@@ -186,14 +186,19 @@ class InsertedAdapt(Adapt):
         save_file({n: state[n].contiguous().clone() for n in sorted(state)}, folder / WEIGHTS, metadata={"format": "pt"})
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        import torch
         from safetensors.torch import load_file
 
+        return self.put_on(model, load_file(folder / WEIGHTS), str(folder))
+
+    def put_on(self, model: torch.nn.Module, saved: Mapping[str, torch.Tensor], where: str) -> torch.nn.Module:
+        """The base model with what `save` wrote, by name, for inference."""
+        import torch
+
         dtype = next(model.parameters()).dtype
-        added, saved = dict(self._add(model, None)), load_file(folder / WEIGHTS)
+        added = dict(self._add(model, None))
         wrong = sorted(set(added) ^ set(saved)) or [n for n in added if added[n].shape != saved[n].shape]
         if wrong:
-            raise ArtifactError(f"the adapter and {self.name()} disagree on {len(wrong)} tensors, the first is {wrong[0]}", where=str(folder))
+            raise ArtifactError(f"the adapter and {self.name()} disagree on {len(wrong)} tensors, the first is {wrong[0]}", where=where)
         with torch.no_grad():
             for name, parameter in added.items():
                 parameter.data = saved[name].to(parameter.device, dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, create_model, model_validator
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 SET_BY_US = {"inference_mode", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "runtime_config",
              "tokenizer_kwargs"}
-REFUSED = {"xlora": "it mixes adapters that were trained before and learns only how much of each to take; train those with lora and combine them in a merge stage",
+REFUSED = {"xlora": "it mixes adapters that were trained before and learns how much of each to take; combine them in a merge stage instead",
            "mixed": "it stacks adapters of several kinds that were trained before; chain train stages or merge their adapters"}
 LEFT_OUT = {"adamss": {"use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval", "asa_importance_beta", "asa_uncertainty_beta",
                        "asa_schedule_exponent"}, "shadow": {"auxiliary_loss_weight"}, "cpt": {"num_virtual_tokens", "tokenizer_name_or_path",
@@ -76,8 +75,8 @@ class PeftTuner(PeftAdapt):
                 raise
             return self.model_copy(update={"target_modules": "all-linear"}).prepare(model, run)
 
-    def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        return self.dressed(super().load(model, folder))
+    def put_on(self, model: torch.nn.Module, config: PeftConfig, tensors: dict[str, torch.Tensor], where: str) -> torch.nn.Module:
+        return self.dressed(super().put_on(model, config, tensors, where))
 
     def dressed(self, model: torch.nn.Module) -> torch.nn.Module:
         """The wrapped model, told that every row is of task 0 where a tuner asks for tasks."""
@@ -118,12 +117,12 @@ class PeftPrompt(PeftTuner):
     def keeps(self, model: torch.nn.Module) -> list[str]:
         return [n for n, p in model.named_parameters() if n.startswith("prompt_encoder.") and not p.requires_grad]
 
-    def save(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def learnt(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # PEFT computes what it saves from the encoder's own parameters, which hold nothing under ZeRO 3.
         encoder = model.prompt_encoder["default"]
         model.prompt_encoder["default"] = _copy(encoder, state, "prompt_encoder.default.")
         try:
-            super().save(model, state, folder)
+            return super().learnt(model, state)
         finally:
             model.prompt_encoder["default"] = encoder
 

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from ftpipe.train.adapt._inserted import WEIGHTS
 from ftpipe.train.adapt.parallel import Parallel
 from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
     import torch
 
-PREFIX = "prefix"
+PREFIX = "prefix."
 WRAPPED = "base_model."
 
 
 class Mam(Parallel):
-    """The parallel adapter's settings, and the prefix's. The folder holds the adapter, and the prefix as PEFT writes it in `prefix/`."""
+    """The parallel adapter's settings, and the prefix's."""
 
     libraries: ClassVar[tuple[str, ...]] = ("peft", "transformers", "torch")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.adapt._inserted", "ftpipe.train.adapt._peft_family", "ftpipe.train.adapt._peft")
@@ -50,9 +51,12 @@ class Mam(Parallel):
             yield
 
     def save(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-        (folder / PREFIX).mkdir()
-        self._prefix().save(model, state, folder / PREFIX)
-        super().save(model, {n.removeprefix(WRAPPED): v for n, v in state.items() if n.startswith(WRAPPED)}, folder)
+        own = {n.removeprefix(WRAPPED): v for n, v in state.items() if n.startswith(WRAPPED)}
+        super().save(model, own | {PREFIX + n: v for n, v in self._prefix().learnt(model, state).items()}, folder)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        return self._prefix().load(super().load(model, folder), folder / PREFIX)
+        from safetensors.torch import load_file
+
+        saved, method = load_file(folder / WEIGHTS), self._prefix()
+        model = self.put_on(model, {n: v for n, v in saved.items() if not n.startswith(PREFIX)}, str(folder))
+        return method.put_on(model, method.config(), {n.removeprefix(PREFIX): v for n, v in saved.items() if n.startswith(PREFIX)}, str(folder))
