@@ -31,10 +31,8 @@ def adapt(name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    from tests.tiny import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("one") / "layer", layers=2, hidden=32)
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -125,11 +125,10 @@ def test_adalora_goes_on_after_a_kill_as_if_nothing_had_been(model, tmp_path, ze
     from ftpipe.train.engine import Engine
     from ftpipe.train.loop import _restore
 
-    straight, broken, resumed = (small_run(model, adapt=ADALORA, zero=zero) for _ in range(3))
+    straight, broken = (small_run(model, adapt=ADALORA, zero=zero) for _ in range(2))
     wanted = steps(straight, examples(), 8)
     steps(broken, examples(), 5)
     checkpoint.write(tmp_path, checkpoint.Checkpoint(5, broken.engine.trained(), broken.engine.optimizer_state(), list(broken.engine.names), broken.memory))
-    resumed.engine.deepspeed.destroy()
     kept = checkpoint.latest(tmp_path)
     resumed = small_run(model, adapt=ADALORA, zero=0)
     resumed.zero = zero
@@ -212,3 +211,45 @@ def test_long_losses_see_the_prompt_too(model, monkeypatch):
         wanted = forward.token_losses(run.model, batch)
         monkeypatch.setattr(forward, "WHOLE", 1)
         torch.testing.assert_close(forward.token_losses(run.model, batch), wanted)
+
+
+def merged_weights(run, folder):
+    """Weights of the linear and norm layers before and after, by name."""
+    folder.mkdir()
+    run.adapt.save(run.model, run.engine.state(), folder)
+    before = dict(run.load_base().named_parameters())
+    return before, dict(run.adapt.merge(run.adapt.load(run.load_base(), folder)).named_parameters())
+
+
+@pytest.mark.usefixtures("alone")
+def test_tuners_that_are_papers_of_the_catalogue_do_what_those_say(model, tmp_path):
+    import torch
+
+    run = small_run(model, adapt="ln_tuning")
+    assert sum(p.numel() for p in run.trainable().values()) == (2 * 2 + 1) * 32
+    steps(run, examples(), 2)
+    before, after = merged_weights(run, tmp_path / "ln")
+    assert {n for n, p in after.items() if not p.equal(before[n])} == {n for n in before if "norm" in n}
+
+    run = small_run(model, adapt={"randlora": {"r": 4}})
+    bases = {n: b.clone() for n, b in run.model.named_buffers() if "randlora_" in n}
+    square = [n for n in run.trainable() if "layers.0.self_attn.q_proj" in n]
+    assert sum(run.trainable()[n].numel() for n in square) == 8 * (4 + 32), "the diagonals of 32 / 4 bases"
+    steps(run, examples(), 3, rate=5e-2)
+    assert bases and all(b.equal(bases[n]) for n, b in run.model.named_buffers() if n in bases)
+    before, after = merged_weights(run, tmp_path / "randlora")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    values = torch.linalg.svdvals((after[name] - before[name]).double())
+    assert int((values > 1e-3 * values[0]).sum()) > 16, "far above the rank of one base"
+
+    run = small_run(model, adapt={"miss": {"r": 4, "init_weights": "bat", "target_modules": ["q_proj"]}})
+    assert all(not p.any() for p in run.trainable().values())
+    steps(run, examples(), 2)
+    blocks = next(v for n, v in run.engine.state().items() if "layers.0" in n)
+    before, after = merged_weights(run, tmp_path / "bone")
+    old, change = before[name], after[name] - before[name]
+    for i in range(8):
+        for j in range(8):
+            own = old[4 * i:4 * i + 4, 4 * j:4 * j + 4]
+            torch.testing.assert_close(change[4 * i:4 * i + 4, 4 * j:4 * j + 4], own @ blocks[i] + blocks[i], rtol=1e-3, atol=1e-6)
+    assert float(change.abs().max()) > 1e-3
