@@ -19,7 +19,8 @@ def split(model: Any) -> tuple[torch.nn.Module, torch.nn.Module] | None:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if model not in _known:
-        _known[model] = _is_plain(model, base)
+        # PEFT puts a prompt in front outside of the base model, which alone would not see it.
+        _known[model] = not hasattr(model, "prompt_encoder") and _is_plain(model, base)
     return (base.get_decoder(), base.get_output_embeddings()) if _known[model] else None
 
 

@@ -88,7 +88,12 @@ def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str =
         loaded.quantized_by = small
         return loaded.requires_grad_(False)
 
-    run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=lambda: None, rank=rank, world=world, dtype=dtype, zero=zero,
+    def load_tokenizer() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model)
+
+    run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=load_tokenizer, rank=rank, world=world, dtype=dtype, zero=zero,
               offload=offload, seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}),
               objective=slots.parse("train/objective", objective or "sft"), optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
               regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers), memory=dict(memory or {}), quantize=small)
@@ -111,6 +116,7 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
     from ftpipe.train.loop import one_step
 
     memory = InMemory(rows)
+    plan.setdefault("alone", not run.adapt.packs)
     how = Plan(lengths=memory.lengths, times=memory.times, seed=1, batch_tokens=batch_tokens, rows_per_step=rows_per_step, **plan)
     records = []
     for step, (epoch, numbers) in enumerate(how.steps(steps=n)):

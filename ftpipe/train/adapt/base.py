@@ -98,3 +98,10 @@ def extra_methods() -> dict[str, Callable[[], type[Method]]]:
     from ftpipe.train.adapt import _peft_family
 
     return _peft_family.methods()
+
+
+def refused_methods() -> dict[str, str]:
+    """Tuners of PEFT that a training run cannot serve, with the reason."""
+    from ftpipe.train.adapt import _peft_family
+
+    return dict(_peft_family.REFUSED)
