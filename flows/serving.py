@@ -44,6 +44,8 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
             _forget_missed_runs(client, id)
             client.resume_deployment(id)  # stopping the last `ftpipe serve` paused it
         print(f"{pipeline.name} is served {_words(wanted)}; ctrl-C pauses it\n{ui(url)}/deployments/deployment/{id}", flush=True)
+        # A script that starts us with `&` leaves SIGINT ignored, and SIGTERM ends the runner by way of it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             asyncio.run(runner.start())
         except KeyboardInterrupt:

@@ -98,6 +98,10 @@ class Slot:
         found.update({e.name: e.load for e in entry_points(group=self.package)})
         return found
 
+    def refused(self) -> dict[str, str]:
+        """Names that a user may expect here, and why they are not offered: what the base module's `refused_methods() -> dict[str, str]` says."""
+        return getattr(importlib.import_module(self.package + ".base"), "refused_methods", dict)()
+
     def names(self) -> list[str]:
         """Every method name of the slot, from files, the base's family and other packages."""
         return sorted({*self.files(), *self._others()})
@@ -113,6 +117,8 @@ class Slot:
             return own[0]
         others = self._others()
         if name not in others:
+            if why := self.refused().get(name):
+                raise ConfigError(f"{name!r} is not offered in slot {self.name}: {why}", remedy=nearest(name, self.names()))
             raise ConfigError(f"no method {name!r} in slot {self.name}", remedy=nearest(name, self.names()))
         cls = others[name]()
         if not (inspect.isclass(cls) and issubclass(cls, self.base())):
@@ -143,6 +149,9 @@ def find(family: str, name: str) -> type[Method]:
             return slot.get(name)
     for slot in members:
         if name in slot.names():
+            return slot.get(name)
+    for slot in members:
+        if name in slot.refused():
             return slot.get(name)
     known = [n for s in members for n in s.names()]
     raise ConfigError(f"no method {name!r} in {family}", remedy=nearest(name, known))

@@ -29,11 +29,10 @@ def distil(given: Given, adapter: Path, signs: Mapping[str, torch.Tensor], scale
     from ftpipe.compress.bitdelta import plus_minus
     from ftpipe.data.rows import HELDOUT, TRAIN, RowSet
     from ftpipe.merge._deltas import read
-    from ftpipe.merge._weights import Changed
     from ftpipe.models.loading import default_device, load_tokenizer
 
     device = default_device()
-    teacher, student = Changed(given.model, given.env, given.dtype), Changed(given.model, given.env, given.dtype)
+    teacher, student = given.changed(), given.changed()
     for name, delta in read(adapter, given.base).items():
         teacher.add(name, delta)
         if name not in signs:

@@ -23,13 +23,17 @@ FILE, FACTS = "packed.safetensors", "ftpipe_adapter.json"
 
 
 def facts_to_pack(adapter: Path) -> dict[str, Any]:
-    """The facts of an adapter that may be packed. Raises ConfigError for one that is packed already."""
+    """The facts of an adapter that may be packed. Raises ConfigError for one that is packed already, and for whole weights beside a quantised base, which
+    could not be written when it is unpacked."""
     from ftpipe.models.adapters import read_manifest
+    from ftpipe.train.adapt._weights import tensor_files
 
     facts = read_manifest(adapter)
     if "packed" in facts:
         raise ConfigError(f"the adapter is packed already, by {next(iter(facts['packed']['method']))}",
                           where=str(adapter), remedy="pack the one it was made of")
+    if facts.get("quantize") and tensor_files(adapter):
+        raise ConfigError("whole weights that were trained beside a quantised base cannot be packed", where=str(adapter), remedy="use half_precision")
     return facts
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 class BitDelta(Compressor):
     """`W = W_base + a S` for each matrix of attention and MLP, with S the signs of its change (+1 for no change) and a its mean magnitude, which is the
-    least-squares scale. Whatever else was tuned (embeddings, norms, output layer) is kept as it is, unless it did not change.
+    least-squares scale. Whatever else was tuned (embeddings, norms, output layer) is kept as it is, unless it did not change, and so is a matrix that the
+    adapter keeps as entries, rows or columns.
 
     With `rows` the scales, and nothing else, are then trained so that the logits are those of the tuned model: mean squared error over all positions and
     the vocabulary, padding left out. A LoRA is smaller than the bits of its product, so it is refused.
@@ -53,10 +54,12 @@ class BitDelta(Compressor):
 
         from ftpipe.compress._packed import facts_to_pack, to_bits, write_packed
         from ftpipe.merge._deltas import read
+        from ftpipe.models.sparse import keys
         from ftpipe.models.weights import tensor
         from ftpipe.train.adapt._weights import tensor_files
 
         facts, files = facts_to_pack(adapter), tensor_files(adapter)
+        parts = keys(files, str(adapter))
         if not files:
             raise ConfigError("bitdelta packs whole weights; the bits of this adapter's change would be larger than the adapter", where=str(adapter),
                               remedy="use compeft or half_precision for it")
@@ -64,14 +67,14 @@ class BitDelta(Compressor):
         sums: dict[str, tuple[int, float, float]] = {}
         for name, delta in read(adapter, given.base).items():
             change = delta.dense()
-            if change.dim() == 2 and re.search(self.parameters, name):
+            if parts[name].kind == "whole" and change.dim() == 2 and re.search(self.parameters, name):
                 sums[name] = change.numel(), float(change.double().abs().sum()), float(change.double().pow(2).sum())
                 packed[f"{name}.signs"] = to_bits(change >= 0)
                 packed[f"{name}.scale"] = torch.tensor([sums[name][1] / sums[name][0]], dtype=torch.float32)
             elif bool(change.any()):
-                packed[name] = tensor(files[name], name)
+                packed |= {key: tensor(files[key], key) for key in parts[name].names}
         if not sums:
-            raise ConfigError(f"no matrix of the adapter matches {self.parameters!r}", where=str(adapter), remedy="set `parameters`")
+            raise ConfigError(f"no matrix that the adapter keeps whole matches {self.parameters!r}", where=str(adapter), remedy="set `parameters`")
         said: dict[str, Any] = {"packed": len(sums), "kept_whole": len(packed) - 2 * len(sums)}
         squares = sum(s for _, _, s in sums.values())
         rest = sum(float(d.dense().double().pow(2).sum()) for n, d in read(adapter, given.base).items() if n not in sums)

@@ -55,8 +55,8 @@ class ComPeft(Compressor):
             raise ConfigError(f"a density of {self.density} keeps none of {kept.total} parameters", remedy="raise `density`")
         places, signs, tensors, shares, sums, offset = [], [], [], {}, np.zeros(4), 0
         for name, tau in changes(adapter, given.base):
-            mask = kept.mask(name, tau).flatten()
             flat = tau.double().flatten()
+            mask = kept.mask(name, tau).flatten() & (flat != 0)  # fewer changed than may be kept: what did not change has no sign
             places.append(mask.nonzero().flatten().numpy() + offset)
             signs.append((flat[mask] > 0).numpy())
             sums += [float(flat.sum()), float(flat.pow(2).sum()), float(flat[mask].abs().sum()), 0]
@@ -66,6 +66,8 @@ class ComPeft(Compressor):
             offset += len(mask)
         if shares.get("lora_B", [1])[0] == 0:
             raise ConfigError("nothing of any B is among the largest parameters, so the LoRA would change nothing", remedy="raise `density`")
+        if not sum(map(len, places)):
+            raise ConfigError("the adapter changes nothing, so there is nothing to keep", where=str(adapter), remedy="look at how it was trained")
         n, total, squares, held = kept.total, *sums[:3]
         sigma = float(((squares - total**2 / n) / max(n - 1, 1)) ** 0.5)
         code = encode(np.concatenate(places))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftpipe.errors import ConfigError
+from ftpipe.errors import ArtifactError, ConfigError
 from ftpipe.models.weights import tensor
 
 if TYPE_CHECKING:
@@ -161,6 +161,11 @@ def same_base(folders: Mapping[str, Path]) -> dict[str, Any]:
         if any(own["base"].get(k) != other["base"].get(k) for k in ("weights", "config")):
             raise ConfigError(f"{first} is for {own['base'].get('model')}, {name} for {other['base'].get('model')}",
                               remedy="only adapters for one base can be combined")
+        if own.get("quantize") != other.get("quantize"):
+            def said(facts: dict[str, Any]) -> str:
+                return f"quantised by {json.dumps(facts['quantize'])}" if facts.get("quantize") else "as it is"
+            raise ConfigError(f"{first} was trained on the base {said(own)}, {name} on the base {said(other)}",
+                              remedy="only adapters for one base can be combined; train them with the same `quantize`")
     return own
 
 
@@ -176,7 +181,7 @@ def read(folder: Path, base: Callable[[], Mapping[str, torch.Tensor]]) -> Lazy:
     stack = ExitStack()
     folder = stack.enter_context(plain(folder, base))
     if files := tensor_files(folder):
-        return Lazy({name: partial(_whole, path, name, base) for name, path in files.items()}, keep=stack)
+        return _whole_weights(files, folder, base, stack)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type") or "its method"
@@ -200,12 +205,28 @@ def _pair(file: Path, names: Mapping[str, str], scale: float) -> Delta:
     return Delta(tensor(file, names["A"]).float(), tensor(file, names["B"]).float() * scale)
 
 
-def _whole(file: Path, name: str, base: Callable[[], Mapping[str, torch.Tensor]]) -> Delta:
-    import torch
+def _whole_weights(files: Mapping[str, Path], folder: Path, base: Callable[[], Mapping[str, torch.Tensor]], keep: Any) -> Lazy:
+    """The changes of an adapter that holds new values or sparse changes of the base's own weights, of the tensors in `files`."""
+    from ftpipe.models import sparse
+    from ftpipe.models.weights import Tensors
 
-    tuned = tensor(file, name)
-    wide = torch.float64 if tuned.dtype.itemsize >= 4 else torch.float32
-    return Delta(dense_=tuned.to(wide).sub_(base()[name].to(wide)))
+    parts, tensors = sparse.keys(files, str(folder)), Tensors(files)
+    if added := next((name for name in parts if name not in base()), None):
+        raise ConfigError(f"the adapter adds {added}, which the base model does not have, so it is no sum of weight changes", where=str(folder),
+                          remedy="use LoRA or full weights")
+
+    def change(name: str) -> Delta:
+        import torch
+
+        part, weight = parts[name].part(tensors), base()[name].detach()
+        if why := part.misfit(tuple(weight.shape)):
+            raise ArtifactError(f"tensor {name} {list(part.value.shape)} does not fit the base model: {why}", where=str(folder),
+                                remedy="load it on the base it was trained on")
+        wide = torch.float64 if part.value.dtype.itemsize >= 4 else torch.float32
+        tuned = part.value if part.kind == "whole" else part.on(weight)
+        return Delta(dense_=tuned.to(wide).sub_(weight.to(wide)))
+
+    return Lazy({name: partial(change, name) for name in parts}, keep=keep)
 
 
 def _scale(config: dict[str, Any], path: str) -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ftpipe.merge._deltas import Delta, Deltas
+    from ftpipe.merge._weights import Changed
 
 
 def _no_base() -> Mapping[str, Any]:
@@ -30,7 +31,7 @@ class Given:
     Attributes:
         adapters: each adapter's changes by its stage's name; a change is read when it is asked for, so ask for one at a time and keep none.
         model: the base model as the configuration names it. base: gives its weights by name, float32, also one at a time.
-        dtype: type the merged model is run and kept in.
+        facts: those of the first adapter, see `ftpipe_adapter.json`. dtype: type the merged model is run and kept in.
         contents: a hash of each adapter, by which random numbers and results are told apart, whatever the adapter is called.
         inputs: the stage's input artifacts, where a method has `Ref` fields of its own. work: folder that outlives a kill.
         said: JSON for the artifact, which methods add to.
@@ -40,6 +41,7 @@ class Given:
     model: str = ""
     env: Environment | None = None
     base: Callable[[], Mapping[str, torch.Tensor]] = _no_base
+    facts: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     contents: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
@@ -50,12 +52,18 @@ class Given:
     said: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ctx: StageContext, model: str, seed: int | None, **rest: Any) -> Given:
-        """What a stage hands to its method."""
+    def of(cls, ctx: StageContext, model: str, seed: int | None, facts: Mapping[str, Any], **rest: Any) -> Given:
+        """What a stage hands to its method. facts: those of the adapters, which are for one base."""
         from ftpipe.models.weights import base_weights
 
-        return cls(model=model, env=ctx.env, base=base_weights(model, ctx.env), inputs=ctx.inputs, work=ctx.work, seed=seed or 0, log=ctx.log,
-                   progress=lambda done, total, unit: ctx.progress(done, total, unit), **rest)
+        return cls(model=model, env=ctx.env, base=base_weights(model, ctx.env, facts), facts=facts, dtype=facts.get("dtype", "float32"), inputs=ctx.inputs,
+                   work=ctx.work, seed=seed or 0, log=ctx.log, progress=lambda done, total, unit: ctx.progress(done, total, unit), **rest)
+
+    def changed(self) -> Changed:
+        """The base model that the adapters are for, whole in memory, to add changes to."""
+        from ftpipe.merge._weights import Changed
+
+        return Changed(self.model, self.env, self.dtype, self.facts)
 
     @cached_property
     def names(self) -> list[str]:

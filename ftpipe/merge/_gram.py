@@ -42,7 +42,6 @@ def collect(given: Given, rows: Mapping[str, str], limit: int, max_length: int, 
     Each model is the base with the adapter's changes in its weights. A killed merge goes on with the matrices that are there.
     """
     from ftpipe.data.rows import RowSet
-    from ftpipe.merge._weights import Changed
     from ftpipe.models.loading import default_device, load_tokenizer
     from ftpipe.models.weights import tensor
 
@@ -52,7 +51,7 @@ def collect(given: Given, rows: Mapping[str, str], limit: int, max_length: int, 
     linear: list[str] = []
     tokens: dict[str, int] = {}
     for number, (adapter, stage) in enumerate(rows.items()):
-        changed = Changed(given.model, given.env, given.dtype)
+        changed = given.changed()
         linear = [n for n in given.names if _linear(changed.model, n)]
         sequences = list(_sequences(RowSet(given.inputs[stage]), tokenizer, limit, max_length))
         if not sequences:

@@ -57,7 +57,6 @@ class Judge:
     def system(self, weights: Mapping[str, float]) -> System:
         """The base model with each adapter's changes added, so many times; none is the base itself."""
         from ftpipe.evaluate.systems import System
-        from ftpipe.merge._weights import Changed
         from ftpipe.models.loading import default_device, identity, load_tokenizer
         from ftpipe.models.service import ModelService
 
@@ -65,7 +64,7 @@ class Judge:
         used = {name: w for name, w in weights.items() if w}
 
         def opened() -> ModelService:
-            changed = Changed(given.model, given.env, given.dtype)
+            changed = given.changed()
             from ftpipe.merge._deltas import add
 
             for name in sorted({n for adapter in used for n in given.adapters[adapter]}):
@@ -75,6 +74,8 @@ class Judge:
         base = {k: v for k, v in identity(given.model, given.env).items() if k != "model"}
         summed = [[self._content((a, w)), w] for a, w in sorted(used.items(), key=self._content)]
         who = {"base": base, "dtype": given.dtype, "device": default_device(), "sum": summed}
+        if given.facts.get("quantize"):
+            who["quantize"] = given.facts["quantize"]
         return System("+".join(used) or "base", who, opened)
 
     def _content(self, weighted: tuple[str, float]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftpipe.errors import ConfigError
 from ftpipe.merge._deltas import CONFIG, FACTS, PREFIX, WEIGHTS, Delta, Deltas
 from ftpipe.stages.base import Environment
 
@@ -24,9 +25,10 @@ class Writer:
     Whole weights leave memory in shards of `shard` bytes as they come; of low-rank changes the factors wait until all are there.
 
     Args:
-        facts: those of an adapter that went into it; base, tokenizer, chat template and type are taken over.
+        facts: those of an adapter that went into it; base, tokenizer, chat template, type and how the base was quantised are taken over.
         base: gives the base model's weights; called only if whole weights are written.
         whole: write whole weights even if every change is of low rank.
+    Raises ConfigError as soon as whole weights are to be written for a quantised base.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], base: Callable[[], Mapping[str, torch.Tensor]], *, whole: bool = False, shard: int = SHARD):
@@ -35,6 +37,8 @@ class Writer:
         self.pending: dict[str, torch.Tensor] = {}
         self.index: dict[str, str] = {}
         self.count = 0
+        if whole:
+            self._go_whole()
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, delta: Delta) -> None:
@@ -42,15 +46,21 @@ class Writer:
         if delta.low_rank and not self.whole:
             self.factors[name] = delta
             return
-        self.whole = True
+        self._go_whole()
         waiting, self.factors = self.factors, {}
         for each, change in (*sorted(waiting.items()), (name, delta)):
             self._put(each, self.base()[each], change)
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """The new value of one weight, kept in its own type."""
-        self.whole = True
+        """The new value of one weight, kept in its own type; or one tensor of a sparse part."""
+        self._go_whole()
         self._keep(name, value)
+
+    def _go_whole(self) -> None:
+        if self.facts.get("quantize"):
+            raise ConfigError("the result is no longer of low rank, and whole weights have no place in a quantised base",
+                              remedy="use a method that keeps the rank low, or train on the base as it is")
+        self.whole = True
 
     def _put(self, name: str, weight: torch.Tensor, change: Delta) -> None:
         import torch
@@ -86,7 +96,7 @@ class Writer:
             method: dict[str, Any] = {"full": {}}
         else:
             method = self._lora()
-        kept = {k: self.facts[k] for k in ("base", "tokenizer", "chat_template", "dtype") if k in self.facts}
+        kept = {k: self.facts[k] for k in ("base", "tokenizer", "chat_template", "dtype", "quantize") if k in self.facts}
         (self.folder / FACTS).write_text(json.dumps(kept | {"method": method, "trainable": self.count}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _lora(self) -> dict[str, Any]:
@@ -119,13 +129,19 @@ def write(folder: Path, deltas: Deltas, facts: Mapping[str, Any], base: Callable
 
 
 class Changed:
-    """The base model with changes added to its weights in memory, as they come."""
+    """The base model with changes added to its weights in memory, as they come.
 
-    def __init__(self, model: str, env: Environment, dtype: str):
-        from ftpipe.models.loading import load_model
+    Args:
+        dtype: type of the weights.
+        facts: those of the adapters. If they were trained on a quantised base, the changes are added to plain weights, those that base stands for.
+    """
+
+    def __init__(self, model: str, env: Environment, dtype: str, facts: Mapping[str, Any] | None = None):
+        from ftpipe.models.loading import load_model, quantized_base
 
         self.name, self.env = model, env
-        self.model = load_model(model, env, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        stood_for = quantized_base(model, env, facts or {}, dtype=dtype)  # type: ignore[arg-type]
+        self.model = load_model(model, env, dtype=dtype, device="cpu") if stood_for is None else stood_for  # type: ignore[arg-type]
         self.parameters = dict(self.model.named_parameters())
 
     def add(self, name: str, delta: Delta) -> None:
@@ -153,9 +169,9 @@ class Changed:
         save_file({"input_ids": ids, "logits": logits.contiguous()}, path)
 
 
-def probe(model: str, env: Environment, deltas: Deltas, dtype: str, path: Path) -> None:
-    """Write `probe.safetensors` of the base model with these changes, see `Changed.write_probe`."""
-    changed = Changed(model, env, dtype)
+def probe(model: str, env: Environment, deltas: Deltas, dtype: str, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write `probe.safetensors` of the base model with these changes, see `Changed`."""
+    changed = Changed(model, env, dtype, facts)
     for name in deltas:
         changed.add(name, deltas[name])
     changed.write_probe(path)

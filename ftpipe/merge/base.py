@@ -37,13 +37,17 @@ class Merger(Method):
 
     def check(self, given: Given) -> None:
         """Raises ConfigError for settings that do not fit the adapters, before long work. Ask `super().check` too."""
+        quantised = bool(given.facts.get("quantize"))
+        if quantised and self.whole:
+            raise ConfigError("whole weights have no place in a quantised base, on which the adapters were trained",
+                              remedy="leave `whole` out, or train on the base as it is")
         if self.rank or self.whole or self.low_rank() or not given.adapters:
             return
         first = next(iter(given.names), None)
         if first and all(d.low_rank for d in given.parts(first).values()):
             raise ConfigError(f"{self.name()} makes changes of full rank out of LoRA adapters, so the result is no LoRA",
-                              remedy="set `rank` (say 16): the change is cut to it by SVD, and merge.json states what is lost; or set `whole: true` for a "
-                                     "set of whole weights")
+                              remedy="set `rank` (say 16): the change is cut to it by SVD, and merge.json states what is lost"
+                                     + ("" if quantised else "; or set `whole: true` for a set of whole weights"))
 
     def prepare(self, given: Given) -> Any:
         """What has to be found out over all weights before the first is combined; handed to `combine` as `state`."""

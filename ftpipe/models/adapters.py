@@ -86,12 +86,17 @@ def _same_base(manifest: dict[str, Any], base: Mapping[str, str], folder: Path) 
 def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
     from safetensors import SafetensorError, safe_open
 
+    from ftpipe.models.sparse import is_part
+    from ftpipe.models.sparse import read as parts_of
+    from ftpipe.models.weights import Tensors
+
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ArtifactError("the adapter has no safetensors file", where=str(folder))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     change: dict[str, bool] = {}
+    sparse: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
@@ -100,10 +105,18 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
                     if tensor.is_floating_point() and not tensor.isfinite().all():
                         raise ArtifactError(f"tensor {name} holds values that are not finite", where=str(file),
                                             remedy="the training diverged: lower its learning rate")
+                    if is_part(name):
+                        sparse[name] = file
+                        continue
                     _fits(name, tensor, parameters, modules, file)
-                    change[name] = bool((tensor != parameters[name].to(tensor.dtype)).any()) if name in parameters else bool(tensor.any())
+                    change[name] = bool((tensor != parameters[name].to(tensor.device, tensor.dtype)).any()) if name in parameters else bool(tensor.any())
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"cannot be read as safetensors: {error}", where=str(file)) from error
+    for name, part in parts_of(Tensors(sparse), str(folder)):
+        why = part.misfit(tuple(parameters[name].shape)) if name in parameters else "it has none of that name"
+        if why:
+            raise _misfit(name, part.value, why, folder)
+        change[name] = part.changes(parameters[name])
     # a LoRA delta is the product B A: zero as soon as every B is, whatever A holds
     decisive = [c for n, c in change.items() if ".lora_" not in n or ".lora_B" in n or ".lora_embedding_B" in n] or list(change.values())
     if not any(decisive) and not allow_zero:
@@ -111,10 +124,13 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
                             remedy="check the learning rate and that tokens were trained on")
 
 
+def _misfit(name: str, tensor: torch.Tensor, why: str, file: Path) -> ArtifactError:
+    return ArtifactError(f"tensor {name} {list(tensor.shape)} does not fit the base: {why}", where=str(file), remedy="load it on the base it was trained on")
+
+
 def _fits(name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.Module], file: Path) -> None:
     def fail(why: str) -> ArtifactError:
-        return ArtifactError(f"tensor {name} {list(tensor.shape)} does not fit the base: {why}", where=str(file),
-                             remedy="load it on the base it was trained on")
+        return _misfit(name, tensor, why, file)
 
     if name in parameters:
         if tensor.shape != parameters[name].shape:
@@ -133,10 +149,14 @@ def _fits(name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor
     if target not in modules:
         raise fail(f"it has no module {target}")
     weight = getattr(modules[target], "weight", None)
-    if weight is None or weight.dim() != 2:
+    # a quantised layer's weight may be packed; it says itself how many outputs and inputs it has
+    shape = [getattr(modules[target], n, None) for n in ("out_features", "in_features")]
+    if None in shape:
+        shape = [] if weight is None else list(weight.shape)
+    if len(shape) != 2:
         return
     # A is rank x inputs, B is outputs x rank; an embedding's pair is transposed
-    sizes = {"A.": (1, weight.shape[1]), "B.": (0, weight.shape[0]), "embedding_A": (1, weight.shape[0]), "embedding_B": (0, weight.shape[1])}
+    sizes = {"A.": (1, shape[1]), "B.": (0, shape[0]), "embedding_A": (1, shape[0]), "embedding_B": (0, shape[1])}
     for prefix, (axis, size) in sizes.items():
         if kind.startswith(prefix) and tensor.dim() == 2 and tensor.shape[axis] != size:
-            raise fail(f"the module's weight is {list(weight.shape)}")
+            raise fail(f"the module's weight is {shape}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +13,7 @@ from ftpipe.canonical import digest
 from ftpipe.errors import ConfigError
 from ftpipe.models.hashes import cached_digest
 from ftpipe.models.locate import Source, locate, weight_files
+from ftpipe.models.memory import keep_freed_memory
 from ftpipe.stages.base import Environment
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "tokenizer.model", "spiece.model")
 NO_TEMPLATE = "none"
 DType = Literal["bfloat16", "float32"]
+log = logging.getLogger("ftpipe")
 
 
 def identity(model: str, env: Environment) -> dict[str, str]:
@@ -90,15 +94,23 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
     Args:
         dtype: floating-point type of the weights.
         device: torch device; by default `cuda` if there is one, else `cpu`.
-        quantize: a method of the slot `models/quantize` that makes the weights smaller. (Not typed: an import would put its code into the key of every stage.)
-    Raises ConfigError for a model that transformers cannot load (unknown architecture, or code of its own: such code is never run).
+        quantize: a method of the slot `models/quantize` that makes the weights smaller, while they are read if it can; the model then says so in its attribute
+            `quantized_by`. (Not typed: an import would put its code into the key of every stage.)
+    Raises ConfigError for a model that transformers cannot load (unknown architecture, or code of its own: such code is never run), and for one that is to be
+    quantised and is so already.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
-    where = folder(model, env)
+    where, place = folder(model, env), device or default_device()
+    if quantize is not None and (already := quantized_on_disk(model, env)):
+        raise ConfigError(f"the model {model!r} is stored quantised already, by {already}; quantising it again with {quantize.name()} would add its own error",
+                          where=str(where), remedy="name the model with whole weights")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    small = quantize.options(options["dtype"]) if quantize is not None else {}
+    if small:
+        options |= small | {"device_map": {"": place}}
     try:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(where, attn_implementation="sdpa", **options)
@@ -109,15 +121,30 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"the model {model!r} cannot be loaded: {str(error)[:500]}", where=str(where)) from error
     loaded.config.use_cache = False
-    loaded = loaded.to(device or default_device()).eval()
-    return quantize.quantize(loaded) if quantize else loaded
+    loaded = (loaded if small else loaded.to(place)).eval()
+    keep_freed_memory()
+    if quantize is not None:
+        loaded = quantize.quantize(loaded)
+        loaded.quantized_by = quantize
+    return loaded
+
+
+def quantized_on_disk(model: str, env: Environment) -> str | None:
+    """By what the model's files say their weights are quantised (`gptq`, `bitsandbytes`, ...), or None. A GGUF file is unpacked when it is read."""
+    source = locate(model, env)
+    if source.gguf:
+        return None
+    found = _json(source.folder / "config.json").get("quantization_config")
+    return str(found.get("quant_method") or "a method it does not name") if isinstance(found, dict) else None
 
 
 def quiet_libraries() -> None:
-    """No progress bars for the reading of weights, and no guess of DeepSpeed's (which PEFT imports where it is installed) about the device."""
+    """No progress bars for the reading of weights, no guess of DeepSpeed's (which PEFT imports where it is installed) about the device, and no word of
+    bitsandbytes' (likewise) about a kernel for CPUs that nothing here uses."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("DS_ACCELERATOR", default_device())
 
 
@@ -128,24 +155,91 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_adapted(model: str, env: Environment, adapter: Path, *, dtype: DType = "bfloat16", device: str | None = None, allow_zero: bool = False) -> Any:
+def load_adapted(model: str, env: Environment, adapter: Path, *, dtype: DType = "bfloat16", device: str | None = None, allow_zero: bool = False,
+                 dequantized: bool = False) -> Any:
     """The base model with an adapter on it, in evaluation mode, after the checks of `adapters.checked`.
+
+    An adapter that was trained on a quantised base is put on a base quantised in the same way. Its bits depend on the type the weights were read in, so it
+    is read in the type of the training, whatever `dtype` says.
 
     Args:
         adapter: folder with `ftpipe_adapter.json` and safetensors.
         allow_zero: load an adapter that changes nothing (one that training left where it started) instead of raising ArtifactError.
+        dequantized: put it on plain layers in `dtype` that hold the weights a quantised base stands for; such a model can be merged.
     """
+    import torch
+
+    from ftpipe.models.adapters import read_manifest
+
+    told, place = read_manifest(adapter), device or default_device()
+    base = quantized_base(model, env, told, dtype=dtype, device=place, dequantized=dequantized)
+    base = load_model(model, env, dtype=dtype, device="cpu") if base is None else base
+    _, loaded = _put_on(base, model, env, Path(adapter), told, allow_zero=allow_zero)
+    return loaded.to(torch.device(place)).eval()
+
+
+def _put_on(base: Any, model: str, env: Environment, adapter: Path, told: Mapping[str, Any], *, allow_zero: bool) -> tuple[Any, Any]:
+    """An adapter's method, and the model `base` with the adapter on it, after the checks; a packed adapter is unpacked first, and then checked again."""
     from ftpipe import slots
-    from ftpipe.models.adapters import checked, plain, read_manifest
+    from ftpipe.models.adapters import checked, plain
     from ftpipe.models.weights import base_weights
 
-    base, who = load_model(model, env, dtype=dtype, device="cpu"), identity(model, env)
-    checked(adapter, who, base, allow_zero=allow_zero)
-    with plain(adapter, base_weights(model, env)) as folder:
-        manifest = checked(folder, who, base, allow_zero=allow_zero) if folder != Path(adapter) else read_manifest(folder)
+    who = identity(model, env)
+    manifest = checked(adapter, who, base, allow_zero=allow_zero)
+    with plain(adapter, base_weights(model, env, told)) as folder:
+        if folder != adapter:
+            manifest = checked(folder, who, base, allow_zero=allow_zero)
         method: Any = slots.parse("train/adapt", manifest["method"])
-        loaded = method.load(base, folder)
-    return loaded.to(device or default_device()).eval()
+        return method, method.load(base, folder)
 
 
-__all__ = ["Source", "default_device", "folder", "identity", "load_adapted", "load_model", "load_tokenizer", "locate"]
+def quantized_base(model: str, env: Environment, told: Mapping[str, Any], *, dtype: DType = "float32", device: str = "cpu", dequantized: bool = True) -> Any:
+    """The quantised base that an adapter's manifest `told` tells of, None if it was trained on the base as it is.
+
+    Args:
+        dequantized: plain layers in `dtype`, which hold the weights that the quantised ones stand for; otherwise the small layers, in the type of training.
+    """
+    import torch
+
+    from ftpipe import slots
+
+    if not told.get("quantize"):
+        return None
+    method: Any = slots.parse("models/quantize", told["quantize"])
+    method.ready()
+    small = load_model(model, env, dtype=told.get("dtype", dtype), device=device, quantize=method)
+    if not dequantized:
+        return small
+    del small.quantized_by
+    return method.dequantized(small, getattr(torch, dtype))
+
+
+def load_merged(model: str, env: Environment, adapter: Path, *, base: Literal["trained", "original"] = "trained", dtype: DType = "bfloat16",
+                device: str | None = None) -> PreTrainedModel:
+    """A plain model with an adapter folded into its weights: added in float32, then rounded to `dtype` once.
+
+    Args:
+        base: what an adapter that was trained on a quantised base is added to; without effect on others. `trained`: the weights that the quantised base stands
+            for. The result computes what was trained, but for the rounding to `dtype`. `original`: the base's own weights, which the adapter has never seen:
+            another model, nearer to the original base, that was not evaluated; evaluate it before you use it.
+    Raises ConfigError if the method has no such form, ArtifactError if the adapter is not one for this base.
+    """
+    import torch
+
+    from ftpipe.models.adapters import read_manifest
+
+    told = read_manifest(adapter)
+    start = quantized_base(model, env, told) if base == "trained" else None
+    if told.get("quantize"):
+        log.info("%s was trained on a base quantised by %s; it is merged into %s", adapter, next(iter(told["quantize"])),
+                 "the weights that base stands for" if base == "trained" else "the original base, which makes another model than the one trained")
+    start = load_model(model, env, dtype="float32", device="cpu") if start is None else start
+    method, loaded = _put_on(start, model, env, Path(adapter), told, allow_zero=True)
+    merged = method.merge(loaded)
+    for tensor in merged.parameters():
+        tensor.data = tensor.data.to(getattr(torch, dtype))
+    return merged.to(torch.device(device or default_device())).eval()
+
+
+__all__ = ["Source", "default_device", "folder", "identity", "load_adapted", "load_merged", "load_model", "load_tokenizer", "locate", "quantized_base",
+           "quantized_on_disk"]

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Want = Literal["loss", "embedding"]
 FLUSH_SECONDS = 10.0
 """At most so much work is lost by a kill."""
-CODE = ("data/render.py", "models/service.py")
-"""Files whose text decides a score, below the package's folder."""
+CODE = ("data/render.py", "models/service.py", "models/head.py", "models/kernels")
+"""Files and folders whose text decides a score, below the package's folder."""
 READ = 2_000
 """Rows read and rendered at a time."""
 log = logging.getLogger("ftpipe")
@@ -118,8 +118,13 @@ def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str,
     package = Path(__file__).parent.parent
     base = {k: v for k, v in identity(model, ctx.env).items() if k in ("weights", "config", "tokenizer", "chat_template")}
     material = {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "max_length": max_length, "device": default_device(),
-                "code": {n: file_digest(package / n) for n in CODE}, "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
+                "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
+                "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
     return ctx.env.cache / "scores" / digest(material)[:32]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.py")) if path.is_dir() else [path]
 
 
 @dataclass

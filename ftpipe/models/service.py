@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftpipe.data.render import Rendered, Renderer
 from ftpipe.errors import DataError, FtpipeError
+from ftpipe.models.head import split
 from ftpipe.models.loading import DType, load_adapted, load_model, load_tokenizer
 from ftpipe.stages.base import Environment
 
@@ -92,8 +93,11 @@ class ModelService:
     def open(cls, model: str, env: Environment, *, adapter: Path | None = None, dtype: DType = "bfloat16", device: str | None = None,
              max_length: int | None = None) -> ModelService:
         """The service for a model as the configuration names it, with the adapter of a folder if one is given."""
+        from ftpipe.models import kernels
+
         loaded = load_model(model, env, dtype=dtype, device=device) if adapter is None else \
             load_adapted(model, env, adapter, dtype=dtype, device=device, allow_zero=True)
+        kernels.install(loaded)
         return cls(loaded, load_tokenizer(model, env), max_length=max_length)
 
     def companion(self, model: str, env: Environment, *, adapter: Path | None = None) -> ModelService:
@@ -197,22 +201,9 @@ class ModelService:
         return self._base().get_decoder()
 
     def _head_is_plain(self) -> bool:
-        """Whether logits are the head applied to the backbone's last hidden state and nothing more; found out on a few tokens, once.
-
-        Some architectures scale or cap their logits, and some adapters put tokens of their own in front; for them the model's own forward is run whole.
-        """
-        import torch
-
+        """Whether logits are the head applied to the backbone's last hidden state and nothing more."""
         if self._plain is None:
-            vocabulary = int(self.model.config.vocab_size)
-            tokens = torch.tensor([[(7919 * (i + 1)) % vocabulary for i in range(8)]], device=self.device)
-            with torch.inference_mode():
-                whole = self.model(input_ids=tokens, use_cache=False).logits.float()
-                try:
-                    own = self._base().get_output_embeddings()(self._decoder()(input_ids=tokens, use_cache=False).last_hidden_state).float()
-                    self._plain = own.shape == whole.shape and bool(torch.allclose(own, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item()))
-                except (AttributeError, TypeError, RuntimeError):
-                    self._plain = False
+            self._plain = split(self.model) is not None
             if not self._plain:
                 log.info("%s does more to its logits than apply its head: rows are scored one at a time with all logits", type(self._base()).__name__)
         return self._plain

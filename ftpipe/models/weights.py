@@ -24,7 +24,30 @@ def tensor(file: Path, name: str) -> torch.Tensor:
         return f.get_tensor(name)
 
 
-class BaseWeights(Mapping[str, Any]):
+class Tensors(Mapping[str, Any]):
+    """Tensors by name, each read from its safetensors file when it is asked for; none is kept.
+
+    Args:
+        files: the file that holds each tensor.
+    """
+
+    def __init__(self, files: Mapping[str, Path]):
+        self.files = dict(files)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return tensor(self.files[name], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+
+class BaseWeights(Tensors):
     """The base model's weights by parameter name, float32 on the CPU, each read from its safetensors file when it is asked for; none is kept.
 
     An architecture whose parameters are named otherwise than the tensors of its files is loaded whole, with a note in the log.
@@ -37,28 +60,38 @@ class BaseWeights(Mapping[str, Any]):
         from ftpipe.models.locate import weight_files
 
         self.model, self.env = model, env
-        self.files: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for path in weight_files(folder(model, env)):
             with safe_open(path, framework="pt") as f:
-                self.files |= dict.fromkeys(f.keys(), path)
+                files |= dict.fromkeys(f.keys(), path)
+        super().__init__(files)
 
     @cached_property
     def _loaded(self) -> dict[str, torch.Tensor]:
         from ftpipe.models.loading import load_model
 
-        log.info("the parameters of %s are named otherwise than the tensors in its files: it is loaded whole", self.model)
+        log.info("not all that is changed is named as the tensors in the files of %s are: it is loaded whole", self.model)
         return dict(load_model(self.model, self.env, dtype="float32", device="cpu").state_dict())
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return tensor(self.files[name], name).float() if name in self.files else self._loaded[name]
+        return super().__getitem__(name).float() if name in self.files else self._loaded[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+    def __contains__(self, name: object) -> bool:
+        return name in self.files or name in self._loaded
 
 
-def base_weights(model: str, env: Environment) -> Callable[[], Mapping[str, torch.Tensor]]:
-    """A function that gives the base model's weights; its files are looked at when it is first called."""
+def base_weights(model: str, env: Environment, facts: Mapping[str, Any] | None = None) -> Callable[[], Mapping[str, torch.Tensor]]:
+    """A function that gives the base model's weights, float32 on the CPU; its files are looked at when it is first called.
+
+    facts: those of the adapter. If it was trained on a quantised base, the weights are those that base stands for, which takes the model whole.
+    """
+    if facts and facts.get("quantize"):
+        return lru_cache(lambda: _stood_for(model, env, facts))
     return lru_cache(lambda: BaseWeights(model, env))
+
+
+def _stood_for(model: str, env: Environment, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    from ftpipe.models.loading import quantized_base
+
+    log.info("the adapter was trained on %s quantised by %s: the weights that stands for are loaded whole", model, next(iter(facts["quantize"])))
+    return dict(quantized_base(model, env, facts).state_dict())

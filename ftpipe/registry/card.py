@@ -7,12 +7,13 @@ from typing import Any
 
 
 def card(name: str, *, base: dict[str, Any], method: dict[str, Any], verdict: dict[str, Any], comparisons: list[dict[str, Any]],
-         lineage: list[dict[str, Any]], peft: bool) -> str:
+         lineage: list[dict[str, Any]], peft: bool, quantize: dict[str, Any] | None = None) -> str:
     """Markdown with YAML front matter.
 
     Args:
         base: identity of the base model. `base_model` is set only if it was named by hub id: the hub refuses anything else.
         method: `{name: settings}` of the adapter. peft: whether plain PEFT can load it.
+        quantize: `{name: settings}` of what made the base small that it was trained on, if anything did.
         verdict: the gate's `verdict.json`. comparisons: the evaluation's `comparisons.json`.
         lineage: `{name, kind, key, counts}` of each stage, nearest first.
     """
@@ -26,16 +27,23 @@ def card(name: str, *, base: dict[str, Any], method: dict[str, Any], verdict: di
                          tags=["ftpipe", *(["base_model:adapter:" + hub_id] if hub_id else []), *method], eval_results=results or None)
     if hub_id:
         data.base_model_relation = "adapter"
-    return "\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *_about(base, method), "## Evaluation\n", *_results(comparisons), "## Verdict\n",
-                      *[f"* {r['text']}" for r in verdict["rules"]], "", "## Data and lineage\n", *_lineage(lineage),
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *_about(base, method, quantize), "## Evaluation\n", *_results(comparisons),
+                      "## Verdict\n", *[f"* {r['text']}" for r in verdict["rules"]], "", "## Data and lineage\n", *_lineage(lineage),
                       "Every file's SHA-256 is in `manifest.json`. `ftpipe trace` lists the rows that made this adapter, and how often each was seen.\n"])
 
 
-def _about(base: dict[str, Any], method: dict[str, Any]) -> list[str]:
+def _about(base: dict[str, Any], method: dict[str, Any], quantize: dict[str, Any] | None) -> list[str]:
+    small = [f"It was trained on, and belongs to, that base with its linear layers quantised by {_method(quantize)}. On the base as it is, or merged into it, "
+             "it is another model than the one evaluated here; `ftpipe.models.loading.load_merged` folds it into the weights that the quantised base stands "
+             "for.\n"] if quantize else []
+    return [f"An adapter made with {_method(method)} for `{base.get('model', 'an unnamed base')}`.\n", *small, "| base | SHA-256 |", "|---|---|",
+            *[f"| {part} | `{base[part]}` |" for part in ("weights", "config", "tokenizer", "chat_template", "revision") if base.get(part)], ""]
+
+
+def _method(method: dict[str, Any]) -> str:
     (kind, settings), = method.items()
     shown = ", ".join(f"{k} {v}" for k, v in settings.items() if not isinstance(v, (dict, list)) or len(str(v)) < 80)
-    return [f"An adapter made with `{kind}`{f' ({shown})' if shown else ''} for `{base.get('model', 'an unnamed base')}`.\n", "| base | SHA-256 |", "|---|---|",
-            *[f"| {part} | `{base[part]}` |" for part in ("weights", "config", "tokenizer", "chat_template", "revision") if base.get(part)], ""]
+    return f"`{kind}`{f' ({shown})' if shown else ''}"
 
 
 def _results(comparisons: list[dict[str, Any]]) -> list[str]:

@@ -43,14 +43,13 @@ class Compress(Stage):
     def run(self, ctx: StageContext) -> None:
         from ftpipe.merge._deltas import Loss, facts_of, read
         from ftpipe.merge._given import Given
-        from ftpipe.merge._weights import Changed
 
-        given = Given.of(ctx, self.model, self.seed, dtype=facts_of(ctx.inputs[self.adapter].file("adapter")).get("dtype", "float32"))
         source, out = ctx.inputs[self.adapter].file("adapter"), ctx.out / "adapter"
+        given = Given.of(ctx, self.model, self.seed, facts_of(source))
         said = self.method.compress(source, out, given)
         try:
             before, after, lost = read(source, given.base), read(out, given.base), Loss()
-            changed = Changed(self.model, ctx.env, given.dtype) if self.probe else None
+            changed = given.changed() if self.probe else None
             for name in sorted({*before, *after}):
                 if name in after and changed:
                     changed.add(name, after[name])

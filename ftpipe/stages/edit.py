@@ -33,10 +33,11 @@ class Edit(Stage):
         from ftpipe.models.weights import base_weights
 
         folder = ctx.inputs[self.adapter].file("adapter")
-        facts, base = facts_of(folder), base_weights(self.model, ctx.env)
+        facts = facts_of(folder)
+        base = base_weights(self.model, ctx.env, facts)
         before = read(folder, base)
         after, said = self.method.edit(before)
         write(ctx.out / "adapter", after, facts, base)
-        probe(self.model, ctx.env, after, facts.get("dtype", "float32"), ctx.out / "probe.safetensors")
+        probe(self.model, ctx.env, after, facts.get("dtype", "float32"), ctx.out / "probe.safetensors", facts)
         said |= {"method": self.method.dump(), "norm_before": norm(before), "norm_after": norm(after)}
         (ctx.out / "edit.json").write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")

@@ -37,18 +37,17 @@ class Merge(Stage):
     def run(self, ctx: StageContext) -> None:
         from ftpipe.merge._deltas import Loss, inner, read, same_base, truncate
         from ftpipe.merge._given import Given
-        from ftpipe.merge._weights import Changed, Writer
+        from ftpipe.merge._weights import Writer
         from ftpipe.registry.ledger import adapter_content
 
         folders = {name: ctx.inputs[name].file("adapter") for name in self.adapters}
         facts = same_base(folders)
-        dtype = facts.get("dtype", "float32")
-        given = Given.of(ctx, self.model, self.seed, dtype=dtype, contents={name: adapter_content(ctx.inputs[name]) for name in self.adapters})
+        given = Given.of(ctx, self.model, self.seed, facts, contents={name: adapter_content(ctx.inputs[name]) for name in self.adapters})
         given.adapters = {name: read(folder, given.base) for name, folder in folders.items()}
         self.method.check(given)
         state = self.method.prepare(given)
         writer = Writer(ctx.out / "adapter", facts, given.base, whole=self.method.whole, shard=int(self.shard * 2**30))
-        changed = Changed(self.model, ctx.env, dtype) if self.probe else None
+        changed = given.changed() if self.probe else None
         lost, size, sizes = Loss(), 0.0, dict.fromkeys(folders, 0.0)
         for number, name in enumerate(given.names):
             parts = given.parts(name)

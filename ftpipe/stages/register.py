@@ -95,11 +95,12 @@ class Register(Stage):
         compared, about = evaluation.json("comparisons.json"), evaluation.json("evaluation.json")
         lineage = _lineage([ctx.inputs[self.verdict], adapter])
         readme = card(name, base=facts["base"], method=facts["method"], verdict=verdict, comparisons=compared, lineage=lineage,
-                      peft=adapter.has("adapter/adapter_config.json"))
+                      quantize=facts.get("quantize"), peft=adapter.has("adapter/adapter_config.json"))
         beaten = about["champion"]["content"] if about["champion"] else None
         built = versions.build(ctx.env, name, adapter, readme, {
-            "base": facts["base"], "method": facts["method"], "dtype": facts.get("dtype"), "tokenizer": facts.get("tokenizer"),
-            "chat_template": facts.get("chat_template"), "lineage": lineage, "champion_beaten": beaten, "pipeline": ctx.env.pipeline,
+            "base": facts["base"], "method": facts["method"], "dtype": facts.get("dtype"), "quantize": facts.get("quantize"),
+            "tokenizer": facts.get("tokenizer"), "chat_template": facts.get("chat_template"),
+            "lineage": lineage, "champion_beaten": beaten, "pipeline": ctx.env.pipeline,
         }, {"verdict.json": ctx.inputs[self.verdict].file("verdict.json"), "comparisons.json": evaluation.file("comparisons.json")})
         try:
             self._check_probe(ctx, built.folder, facts)

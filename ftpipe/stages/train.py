@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ftpipe.errors import ConfigError, DataError
-from ftpipe.slots import choose
+from ftpipe.slots import Method, choose
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 from ftpipe.train import launch as launching
+from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.adapt.lora import Lora
 from ftpipe.train.objective.sft import Sft
 from ftpipe.train.optimizer.adamw import Adamw
+from ftpipe.train.regularizer.base import Regularizer
 from ftpipe.train.schedule.linear import Linear
 from ftpipe.train.setup import Job
 
@@ -31,6 +33,9 @@ class Train(Stage):
     rows: Ref = Field(description="Stage whose rows are trained on.")
     model: str = Field(default="", description="Base model; the pipeline's if not set.")
     seed: int | None = Field(default=None, description="Seed of initialisation, order and dropout; the pipeline's if not set.")
+    quantize: choose("models/quantize") | None = Field(  # type: ignore[valid-type]
+        default=None, description="Keep the frozen base in few bits while an adapter trains beside it, such as `nf4` (QLoRA); the base as it is if not set. "
+        "The adapter then belongs to the quantised base.")
     adapt: choose("train/adapt") = Field(default=Lora(), description="What trains and where it starts, such as `lora: {r: 16}`.")
     objective: choose("train/objective") = Field(default=Sft(), description="What is minimised.")
     regularizers: list[choose("train/regularizer")] = Field(default=[], description="Terms added to the objective.")
@@ -51,8 +56,14 @@ class Train(Stage):
     ranks: int | Literal["auto"] = Field(default="auto", description="Processes that train together; auto is one for each GPU, or one on a CPU.")
     zero: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage: what is spread over the ranks (1 optimizer state, 2 and gradients, 3 and "
                                       "parameters).")
+    offload: Literal["none", "optimizer"] = Field(default="none", description="What is kept in the memory of the CPU beside a GPU: `optimizer` is its state, "
+                                                  "the float32 masters and their gradients (ZeRO stages 1 and 2).")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of frozen weights and of computing; what trains is float32.")
+    kernels: bool = Field(default=True, description="Compute attention, LoRA and feed-forward layers by ftpipe's faster functions where they apply; "
+                          "false leaves all to torch, transformers and PEFT. The results differ by rounding.")
     clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    diverged: float = Field(default=2.0, ge=0, description="Stop when the loss climbs to this many times its lowest (means over 8 steps), plus one nat; "
+                            "0 goes on whatever happens.")
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
 
@@ -71,7 +82,7 @@ class Train(Stage):
 
     def key_fields(self) -> dict[str, Any]:
         # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
-        return self.model_dump(mode="json", exclude={"ranks", "zero", "checkpoint_every", "heartbeat"})
+        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged"})
 
     def externals(self, env: Environment) -> dict[str, Any]:
         from ftpipe.models.loading import identity
@@ -88,14 +99,39 @@ class Train(Stage):
             raise ConfigError(f"{ranks} ranks on {launching.cores()} processors would take turns", remedy=f"set ranks to {launching.cores()} or less")
         if self.zero == 3 and ranks == 1:
             raise ConfigError("ZeRO stage 3 spreads the parameters over ranks, and there is one rank", remedy="set ranks to 2 or more, or zero to 2")
-        for method in (self.adapt, *self.regularizers, self.optimizer):
+        if self.offload == "optimizer" and self.zero not in (1, 2):
+            raise ConfigError(f"the optimizer is offloaded under ZeRO stages 1 and 2, and zero is {self.zero}", remedy="set zero to 1 or 2, or offload: none")
+        parts = (self.adapt, *self.regularizers, self.optimizer, *([self.quantize] if self.quantize else []))
+        for method in parts:
             if self.zero not in type(method).zero_stages:
-                common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in (self.adapt, *self.regularizers, self.optimizer))]
+                common = [z for z in (0, 1, 2, 3) if all(z in type(m).zero_stages for m in parts)]
                 raise ConfigError(f"{method.name()} does not work under ZeRO stage {self.zero}",
                                   remedy=f"set zero to {' or '.join(map(str, common))}" if common else "these methods have no ZeRO stage in common")
+        for method in (*self.regularizers, self.optimizer):
+            method.check(self)
+        self._check_base(env)
         source = pipeline.get(self.rows)
         if source is not None and source.produces not in ("rows", ""):
             raise ConfigError(f"rows names {self.rows!r}, which makes {source.produces}, not rows", remedy="name a stage that passes rows on")
+
+    def act_on_gradients(self) -> list[Method]:
+        """The parts that read or change gradients between backward and update, in the order in which they do."""
+        parts = [(self.adapt, Adapt), *((r, Regularizer) for r in self.regularizers)]
+        return [part for part, base in parts if type(part).on_gradients is not base.on_gradients]
+
+    def _check_base(self, env: Environment) -> None:
+        """A base in few bits: one that its files say is quantised is not trained on, and not every method trains beside one."""
+        from ftpipe.models.loading import quantized_on_disk
+
+        if already := quantized_on_disk(self.model, env):
+            raise ConfigError(f"the model {self.model!r} is stored quantised, by {already}; training beside such weights is not served",
+                              remedy="name the model with whole weights, and set `quantize: nf4` to train beside 4-bit weights made of them")
+        if self.quantize is None:
+            return
+        self.quantize.ready()
+        if not self.adapt.trains_beside(self.quantize.name()):
+            raise ConfigError(f"{self.adapt.name()}, with these settings, does not train on a base quantised by {self.quantize.name()}",
+                              remedy="leave `quantize` out, or use `adapt: lora`")
 
     def _ranks(self) -> int:
         return max(1, launching.devices()) if self.ranks == "auto" else self.ranks
@@ -123,8 +159,9 @@ class Train(Stage):
                 "rows_per_step": self.rows_per_step or (None if self.tokens_per_step else ROWS_PER_STEP), "shuffle": self.shuffle,
                 "alone": not self.packing or not type(self.adapt).packs}
         parts = {n: getattr(self, n).dump() for n in ("adapt", "objective", "optimizer", "schedule")} | {"regularizers": [r.dump() for r in self.regularizers]}
-        return Job(model=self.model, identity=identity, workspace=str(ctx.env.workspace), base=str(ctx.env.base), pipeline=ctx.env.pipeline,
-                   seed=self.seed or 0,
+        return Job(model=self.model, identity=identity, quantize=self.quantize.dump() if self.quantize else None, workspace=str(ctx.env.workspace),
+                   base=str(ctx.env.base), pipeline=ctx.env.pipeline, seed=self.seed or 0,
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
-                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="")
+                   checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
+                   offload=self.offload == "optimizer", kernels=self.kernels, diverged=self.diverged)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.train.run import Batch, derive_seed
 
 if TYPE_CHECKING:
     from ftpipe.train.objective.base import Example
+    from ftpipe.train.setup import Rows
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,9 @@ def lay_out(examples: Sequence[Example], count: float, device: Any = "cpu") -> B
 
     return Batch(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None], sources=tensor(sources), targets=tensor(targets),
                  sequence=tensor(sequence), count=count, row_ids=[e.row_id for e in examples])
+
+
+def calibration(plan: Plan, rows: Rows, n: int, device: Any = "cpu") -> list[Batch]:
+    """The first `n` different rows of the first epoch, in its order, each in a micro-batch of its own (so that how rows are packed changes nothing)."""
+    order = dict.fromkeys(row for step in plan.epoch(0) for row in step)
+    return [lay_out(rows.examples([row]), 1.0, device) for row in islice(order, n)]

@@ -21,14 +21,19 @@ OptimizerState = dict[str, dict[str, Any]]
 """By parameter name: its state by torch's names, whole tensors of the parameter's shape, and numbers such as `step`."""
 
 
-def settings(stage: int, clip: float, numel: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Buffers are sized for `numel` trained elements; the defaults would take gigabytes for a small adapter."""
+def settings(stage: int, clip: float, numel: int, offload: bool = False, pin: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration. Buffers are sized for `numel` trained elements; the defaults would take gigabytes for a small adapter.
+
+    offload: keep master weights, gradients and optimizer state on the CPU (stages 1 and 2). pin: in page-locked memory, which a GPU copies from faster.
+    """
     bucket = min(max(numel, 1024), 50_000_000)
     zero: dict[str, Any] = {"stage": stage}
     if stage:
         zero |= {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 1_000_000_000}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip, "zero_optimization": zero,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31, "wall_clock_breakdown": False}
 
@@ -64,11 +69,13 @@ class Engine:
         self.names = list(parameters)
         self.touched |= dict.fromkeys(self.names)
         self.groups = run.adapt.groups(run.model)
-        optimizer = run.optimizer.build([{k: v for k, v in g.items() if k != "lr_scale"} for g in self.groups])
+        called = {id(p): n for n, p in parameters.items()}
+        named = [g | {"params": [(called[id(p)], p) for p in g["params"]]} for g in self.groups]
+        optimizer = run.optimizer.build([{k: v for k, v in g.items() if k != "lr_scale"} for g in named])
         self.scales = [float(g.get("lr_scale", 1.0)) for g in self.groups]
         root = _root()(run, self)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=root, optimizer=optimizer, config=settings(run.zero, self.clip, sum(p.numel() for p in parameters.values())), dist_init_required=False)
+        config = settings(run.zero, self.clip, sum(p.numel() for p in parameters.values()), run.offload, str(run.device).startswith("cuda"))
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=root, optimizer=optimizer, config=config, dist_init_required=False)
         self.torch_optimizer = optimizer
         self.parameters = {n: p for n, p in run.model.named_parameters() if n in set(self.names)}
 
@@ -105,6 +112,15 @@ class Engine:
         self.alive(f"step {self.run.step + 1}, a micro-batch of {batch.tokens} tokens")
         torch.manual_seed(batch.seed)
         return self.deepspeed(batch)
+
+    def look(self, batch: Batch, function: Callable[[Run, Batch], torch.Tensor]) -> torch.Tensor:
+        """What `function` finds in forward passes without a gradient, under the random state and the disturbances that `loss` has."""
+        import torch
+
+        self.alive(f"step {self.run.step + 1}, a look at {batch.tokens} tokens")
+        torch.manual_seed(batch.seed)
+        with torch.no_grad():
+            return self.deepspeed(batch, function)
 
     def probe(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the last place of each row of token ids [n, T], in evaluation mode: float32 [n, vocabulary]."""
@@ -189,6 +205,10 @@ class Engine:
             parameter.grad = value.to(parameter.dtype)
         else:
             safe_set_full_grad(parameter, value)
+            if self.run.offload and parameter._hp_mapping is not None:
+                # With offload DeepSpeed takes each norm when the gradient arrives, and would clip by what it was.
+                inner, held = self.optimizer, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+                inner.norm_for_param_grads[inner.get_param_id(parameter)] = held.double().norm()
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `Adapt.save` is given: trained parameters and those the method keeps, whole, on the CPU."""
@@ -248,9 +268,11 @@ class Engine:
                     found[name][key].view(-1)[begin:begin + length] = value[start:start + length]
         if self.run.zero and self.run.world > 1:
             for name in self.names:
-                for value in found[name].values():
+                for key, value in found[name].items():
                     if torch.is_tensor(value) and tuple(value.shape) == self._shape(name) and value.dim():
-                        dist.all_reduce(value)
+                        whole = value.to(self.run.device)  # it may be offloaded, and NCCL sums on GPUs alone
+                        dist.all_reduce(whole)
+                        found[name][key] = whole.cpu()
         return {n: {k: v.cpu() if torch.is_tensor(v) else v for k, v in s.items()} for n, s in found.items() if s}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -272,7 +294,8 @@ class Engine:
                     inner.state[flat][key] = whole
                 elif torch.is_tensor(sample):
                     # torch keeps the step of an optimizer on the CPU unless it is capturable or fused
-                    inner.state[flat][key] = sample.clone() if not sample.dim() else sample.clone().to(flat.device)
+                    stays = not sample.dim() and not (inner.defaults.get("fused") or inner.defaults.get("capturable"))
+                    inner.state[flat][key] = sample.clone() if stays else sample.clone().to(flat.device)
                 else:
                     inner.state[flat][key] = sample
 
@@ -309,15 +332,19 @@ def _root() -> type:
             self.model = run.model
             self._run, self._engine = (run,), (engine,)
 
-        def forward(self, batch: Batch | torch.Tensor) -> torch.Tensor:
+        def forward(self, batch: Batch | torch.Tensor, look: Callable[[Run, Batch], torch.Tensor] | None = None) -> torch.Tensor:
             run, engine = self._run[0], self._engine[0]
             with ExitStack() as stack:
-                stack.enter_context(torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16"))
+                stack.enter_context(run.autocast())
                 if torch.is_tensor(batch):
                     return run.model(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1]
                 for regularizer in run.regularizers:
                     stack.enter_context(regularizer.forward(run, batch))
+                if look is not None:
+                    return look(run, batch)
                 total = run.objective.loss(run, batch)
+                for regularizer in run.regularizers:
+                    total = total * regularizer.objective_weight(run)
                 for regularizer in run.regularizers:
                     penalty = regularizer.penalty(run, batch)
                     if penalty is not None:

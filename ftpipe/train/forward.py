@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 WHOLE = 2**26
-"""Logits up to this many elements are built at once; more are made, and made again for the gradient, chunk by chunk."""
+"""Where the output layer trains, logits up to this many elements are built at once; more are made, and made again for the gradient, chunk by chunk."""
 LEAK = 1e-3
 """Nats by which a row's loss may change when another row of its sequence is changed; rows apart do not feel it at all."""
 ALONE = {"float32": 1e-3, "bfloat16": 0.2}
@@ -38,26 +38,36 @@ def logits(model: torch.nn.Module, batch: Batch, sources: torch.Tensor | None = 
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """-log p of each target, float32 [K]."""
+    """-log p of each target, float32 [K]. They are noted in `batch.losses` too."""
+    losses = _token_losses(model, batch)
+    batch.losses = losses.detach()
+    return losses
+
+
+def _token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     import torch
     from torch.nn.functional import cross_entropy
 
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", 0)
-    scaled = any(getattr(config, a, None) for a in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    if batch.targets.numel() * vocabulary <= WHOLE or scaled:
+    from ftpipe.models.head import split
+
+    parts = split(model) if batch.targets.numel() else None
+    if parts is None:
         return cross_entropy(logits(model, batch).float(), batch.targets, reduction="none")
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone, head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
-    hidden = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False).last_hidden_state[0]
+    backbone, head = parts
+    hidden = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False).last_hidden_state[0][batch.sources]
+    if type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters()) and not hasattr(head.weight, "ds_id"):
+        from ftpipe.models.kernels.cross_entropy import FrozenHeadLoss
+
+        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets)
 
     def losses(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return cross_entropy(head(h).float(), t, reduction="none")
 
-    size = max(1, WHOLE // vocabulary)
-    parts = [torch.utils.checkpoint.checkpoint(losses, hidden[s], t, use_reentrant=False)
-             for s, t in zip(batch.sources.split(size), batch.targets.split(size), strict=True)]
-    return torch.cat(parts)
+    size = max(1, WHOLE // model.config.vocab_size)
+    if len(hidden) <= size:
+        return losses(hidden, batch.targets)
+    return torch.cat([torch.utils.checkpoint.checkpoint(losses, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)])
 
 
 def check_packing(model: Any, batch: Batch, singles: Sequence[Batch], dtype: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -24,20 +25,22 @@ if TYPE_CHECKING:
     from ftpipe.train.lifeline import Reporter
 
 PROBES, PROBE_TOKENS = 4, 64
+WINDOW = 8
+"""Steps over which a loss is averaged before it counts as high."""
 
 
 def train(job: Job, report: Reporter) -> None:
     """Train, and leave the result in the folder `job.result` (rank 0). Resumes from the newest checkpoint."""
     report.alive("importing libraries")
     with process_group(job):
-        run = prepare(job, report)
+        resumed = checkpoint.latest(Path(job.checkpoints))
+        run = prepare(job, report, resumed.memory if resumed else {})
         rows = await_rows(Path(job.tokens), report)
         plan = plan_of(job, rows)
         steps = list(plan.steps(**job.stop))
         run.steps = len(steps)
         report.alive("checking that packed rows do not see each other")
         packing = _check_first_batch(run, plan, rows, steps[0][1], job) if run.rank == 0 else None
-        resumed = checkpoint.latest(Path(job.checkpoints))
         start, metrics = _restore(run, resumed) if resumed else (0, [])
         report.alive("building the engine")
         run.engine = Engine(run, job.clip, report.alive, resumed.parameters if resumed else ())
@@ -49,6 +52,7 @@ def train(job: Job, report: Reporter) -> None:
             run.step, (run.epoch, numbers) = step, steps[step]
             record = one_step(run, plan, rows, numbers, job.learning_rate * factor(step), report)
             metrics.append(record)
+            stop_if_diverged(metrics, job.diverged)
             if job.checkpoint_every and (step + 1) % job.checkpoint_every == 0 and step + 1 < len(steps):
                 _write_checkpoint(run, Path(job.checkpoints), metrics, report)
         _finish(run, job, rows, steps, metrics, packing, report)
@@ -71,6 +75,8 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
         number = own[i] if i < len(own) else len(packs) - 1
         batch = run.objective.collate(run, rows.examples(packs[number]))
         batch.seed, batch.weight = derive_seed(run.seed, "forward", run.step, number), float(i < len(own))
+        for regularizer in run.regularizers:
+            batch = regularizer.inputs(run, batch)
         batches.append(batch)
     count = run.sum(sum(b.count * b.weight for b in batches))
     ids = [i for b in batches if b.weight for i in b.row_ids]
@@ -81,16 +87,47 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
     run.engine.set_learning_rate(rate)
     with _explained(run, batches):
         report.alive(f"step {run.step + 1} of {run.steps}")
+        for part in (*run.regularizers, run.objective):
+            part.before_step(run, batches)
         loss = run.optimizer.take_step(run, batches)
     run.adapt.after_step(run)
     tokens = sum(rows.lengths[n] for n in numbers)
-    trained = run.sum(float(sum(b.targets.numel() for b in batches if b.weight)))
-    record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": run.sum(loss) / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
+    names, by_source = sorted(run.sums), _by_source(run, batches, rows)
+    total, trained, *sums = run.sum_each([loss, float(sum(b.targets.numel() for b in batches if b.weight)), *(run.sums[n] for n in names), *by_source])
+    losses, counts = sums[len(names)::2], sums[len(names) + 1::2]
+    record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": total / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
               "tokens": tokens, "trained_tokens": int(trained), "rows": len(numbers), **run.metrics,
-              **{name: run.sum(run.sums[name]) / count for name in sorted(run.sums)}}
+              **{n: s / count for n, s in zip(names, sums)},
+              **{f"loss/{n}": s / c for n, s, c in zip(rows.sources, losses, counts) if c and len(rows.sources) > 1}}
     seconds = time.monotonic() - began
     report("step", of=run.steps, **record, seconds=seconds, tokens_per_second=tokens / seconds, memory_bytes=_memory(run))
     return record
+
+
+def _by_source(run: Run, batches: Sequence[Batch], rows: Rows) -> list[float]:
+    """For each source of rows the sum of its tokens' losses in this rank's micro-batches, and how many tokens that were."""
+    import torch
+
+    found = torch.zeros(len(rows.sources), 2, dtype=torch.float64)
+    for batch in batches:
+        if batch.weight and batch.losses is not None and len(rows.sources) > 1:
+            of_row = torch.tensor([rows.source_of[i] for i in batch.row_ids])
+            source = of_row[batch.sequence.cpu() // run.objective.sequences]
+            found.index_add_(0, source, torch.stack([batch.losses.double().cpu(), torch.ones(len(source), dtype=torch.float64)], 1))
+    return found.flatten().tolist()
+
+
+def stop_if_diverged(metrics: Sequence[dict[str, Any]], factor: float) -> None:
+    """Raise TrainingError if the loss climbed: its mean over the last `WINDOW` steps is more than `factor` times the lowest such mean so far, plus one nat."""
+    losses = [m["loss"] for m in metrics]
+    if not factor or len(losses) < 2 * WINDOW:
+        return
+    means = [sum(losses[i:i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
+    lowest = min(means[:-1])
+    if means[-1] > factor * lowest + 1:
+        raise TrainingError(f"training diverges: the loss is {means[-1]:.3g} over the last {WINDOW} steps and was {lowest:.3g} before",
+                            where=f"step {metrics[-1]['step']}, learning rate {metrics[-1]['learning_rate']:.3g}, gradient {metrics[-1]['grad_norm']:.3g}",
+                            remedy="lower learning_rate, raise warmup or lower clip; `diverged: 0` goes on regardless")
 
 
 def _check_first_batch(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], job: Job) -> float | None:
@@ -102,7 +139,7 @@ def _check_first_batch(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int],
         return None
     sequences = [Example(e.row_id, (ids,), (trained,)) for e in rows.examples(min(packs, key=len))
                  for ids, trained in zip(e.input_ids, e.trained, strict=True)]
-    with _autocast(run):
+    with run.autocast():
         return check_packing(run.model, lay_out(sequences, 1.0, run.device), [lay_out([s], 1.0, run.device) for s in sequences], job.dtype)
 
 
@@ -154,8 +191,8 @@ def _finish(run: Run, job: Job, rows: Rows, steps: Sequence[tuple[int, list[int]
     (temporary / "adapter").mkdir(parents=True)
     run.adapt.save(run.model, state, temporary / "adapter")
     save_file({"input_ids": ids, "logits": logits.cpu()}, temporary / "probe.safetensors")
-    summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": sum(
-        getattr(p, "ds_numel", p.numel()) for p in run.model.parameters()), "packing_difference": packing}
+    size = run.quantize.parameters(run.model) if run.quantize else sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
+    summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": size, "packing_difference": packing}
     (temporary / "metrics.json").write_text(json.dumps({"metrics": metrics, **summary}), encoding="utf-8")
     os.rename(temporary, final)
     report("done", **summary)
@@ -185,22 +222,16 @@ def _out_of_memory(batches: Sequence[Batch], where: str) -> TrainingError:
                          "higher ZeRO stage spread optimizer state and gradients")
 
 
-def _autocast(run: Run):
-    import torch
-
-    return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == "bfloat16")
-
-
 def _some(ids: Sequence[str]) -> str:
     return f"rows {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
 
 
 def _memory(run: Run) -> int:
-    """Bytes: most ever allocated on the GPU, or resident now on the CPU."""
+    """Bytes: most ever allocated on the GPU, or most ever resident on the CPU."""
     import torch
 
     if str(run.device).startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    import psutil
+    import resource
 
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

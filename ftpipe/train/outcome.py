@@ -65,6 +65,8 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     shutil.copy2(result / "probe.safetensors", ctx.out / "probe.safetensors")
     manifest = {"method": stage.adapt.dump(), "base": job.identity, "tokenizer": job.identity["tokenizer"], "chat_template": job.identity["chat_template"],
                 "dtype": job.dtype, "trainable": told["trainable"]}
+    if job.quantize:
+        manifest["quantize"] = job.quantize  # whoever loads the adapter makes the base small in the same way
     if job.learning_rate == 0:
         manifest["zero_delta"] = True  # training was told to learn nothing, so an adapter that changes nothing is what was asked for
     (ctx.out / "adapter" / "ftpipe_adapter.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -75,7 +77,7 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     summary = {"steps": len(steps), "epochs": steps[-1][0] + 1, "rows": len(seen), "tokens": sum(m["tokens"] for m in trained),
                "trained_tokens": sum(m["trained_tokens"] for m in trained), "first_loss": trained[0]["loss"], "last_loss": trained[-1]["loss"],
                "trainable": told["trainable"], "parameters": told["parameters"], "settings": stage.dump()[stage.name()]}
-    for name in ("ranks", "zero", "checkpoint_every", "heartbeat"):
+    for name in ("ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged"):
         summary["settings"].pop(name)
     (ctx.out / "train.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     ctx.counts |= {"steps": len(steps), "tokens": summary["tokens"], "trained_tokens": summary["trained_tokens"]}
@@ -101,7 +103,8 @@ def _write_metrics(ctx: StageContext, metrics: list[dict[str, Any]]) -> None:
 
 
 def _write_seen(ctx: StageContext, rows: Rows, steps: list[tuple[int, list[int]]]) -> dict[str, int]:
-    """`seen.parquet`: how often each row was trained on, and its first and last step (from 1). Returns times by row."""
+    """`seen.parquet`: how often each row was trained on, its first and last step (from 1), its tokens and its trained tokens (of one showing).
+    Returns times by row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -112,8 +115,10 @@ def _write_seen(ctx: StageContext, rows: Rows, steps: list[tuple[int, list[int]]
             entry[0], entry[2] = entry[0] + 1, step
     ids = rows.table["row_id"].to_pylist()
     order = sorted(found)
+    sizes = rows.table.select(["tokens", "targets"]).take(order)
     table = pa.table({"row_id": [ids[n] for n in order], **{name: pa.array([found[n][i] for n in order], pa.int64())
-                                                            for i, name in enumerate(("times", "first_step", "last_step"))}})
+                                                            for i, name in enumerate(("times", "first_step", "last_step"))},
+                      "tokens": sizes["tokens"], "trained_tokens": sizes["targets"]})
     pq.write_table(table, ctx.out / "seen.parquet", compression="zstd")
     return {ids[n]: found[n][0] for n in order}
 

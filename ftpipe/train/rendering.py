@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ftpipe.stages.base import StageContext
 
 LEFT_OUT = "left-out.json"
+SOURCES = 16
+"""Most sources whose losses are recorded apart."""
 
 
 def render(stage: Any, ctx: StageContext, table: pa.Table, path: Path) -> None:
@@ -32,6 +35,7 @@ def render(stage: Any, ctx: StageContext, table: pa.Table, path: Path) -> None:
     encoded = objective.encode([r for r in rows if r["format"] in objective.formats], Renderer(load_tokenizer(stage.model, ctx.env)))
     kept: list[Example] = []
     times: list[int] = []
+    sources: list[str] = []
     reasons: dict[str, str] = {}
     for row in rows:
         known = row["format"] in objective.formats
@@ -47,6 +51,7 @@ def render(stage: Any, ctx: StageContext, table: pa.Table, path: Path) -> None:
         else:
             kept.append(found)
             times.append(row["times"])
+            sources.append(row["source"])
     if not kept:
         counted = list(reasons.values())
         common = max(sorted(set(counted)), key=counted.count)
@@ -54,7 +59,17 @@ def render(stage: Any, ctx: StageContext, table: pa.Table, path: Path) -> None:
                         remedy="`label_audit` shows what is trained on in each row")
     (path.parent / LEFT_OUT).write_text(json.dumps(reasons), encoding="utf-8")
     ctx.log.info("%d rows, %d left out; %d tokens, %d of them trained on", len(kept), len(reasons), sum(e.tokens for e in kept), sum(e.targets for e in kept))
-    write_rows(path, kept, times)
+    write_rows(path, kept, times, _named(sources, [e.targets for e in kept]))
+
+
+def _named(sources: Sequence[str], targets: Sequence[int]) -> list[str]:
+    """The source of each row; beyond `SOURCES` of them those with the fewest trained tokens share the name `other`."""
+    tokens: dict[str, int] = {}
+    for source, n in zip(sources, targets):
+        tokens[source] = tokens.get(source, 0) + n
+    named = sorted(tokens, key=lambda s: (-tokens[s], s))
+    kept = set(named if len(named) <= SOURCES else named[:SOURCES - 1])
+    return [s if s in kept else "other" for s in sources]
 
 
 def context_length(model: str, ctx: StageContext) -> int:

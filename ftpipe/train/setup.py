@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ftpipe import slots
 from ftpipe.errors import TrainingError
 from ftpipe.stages.base import Environment
-from ftpipe.train.batches import Plan
+from ftpipe.train.batches import Plan, calibration
 from ftpipe.train.objective.base import Example
-from ftpipe.train.run import Run, derive_seed
+from ftpipe.train.run import Batch, Run, derive_seed
 
 if TYPE_CHECKING:
     from ftpipe.train.lifeline import Reporter
@@ -31,7 +31,9 @@ class Job:
     model, identity, workspace, base: the base model and the environment that finds it. seed. dtype. zero. world: number of ranks. threads: of each.
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
-    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. checks: compare packed with alone.
+    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
+    `models.kernels`. diverged: see `loop.stop_if_diverged`. offload: optimizer state on the CPU. quantize: method of
+    models/quantize in YAML form, None for the base as it is.
     """
 
     model: str
@@ -57,6 +59,10 @@ class Job:
     checkpoint_every: int
     result: str
     rendezvous: str
+    kernels: bool = True
+    diverged: float = 0.0
+    offload: bool = False
+    quantize: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -138,26 +144,40 @@ def import_deepspeed(device: str) -> Any:
     return deepspeed
 
 
-def prepare(job: Job, report: Reporter) -> Run:
-    """The run with its model prepared and every part ready, nothing trained yet."""
+def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
+    """The run with its model prepared and every part ready, nothing trained yet. `memory`: that of the checkpoint it goes on from."""
     import torch
 
+    from ftpipe.models import kernels
+    from ftpipe.models.head import split
     from ftpipe.models.loading import load_model, load_tokenizer
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" else "cpu"
 
+    quantize: Any = slots.parse("models/quantize", job.quantize) if job.quantize else None
+
     def load_base() -> torch.nn.Module:
-        return load_model(job.model, job.env, dtype=job.dtype, device=device).requires_grad_(False)
+        return load_model(job.model, job.env, dtype=job.dtype, device=device, quantize=quantize).requires_grad_(False)
+
+    def first_rows(n: int) -> list[Batch]:
+        rows = await_rows(Path(job.tokens), report)
+        report.alive(f"looking at {n} rows before training")
+        return calibration(plan_of(job, rows), rows, n, device)
 
     report.alive("loading the model")
     run = Run(model=None, load_base=load_base, identity=job.identity, load_tokenizer=lambda: load_tokenizer(job.model, job.env), rank=rank(), world=job.world,
-              device=device, dtype=job.dtype, zero=job.zero, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
-              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"))
+              device=device, dtype=job.dtype, zero=job.zero, offload=job.offload, seed=job.seed, adapt=job.part("adapt"), objective=job.part("objective"),
+              regularizers=job.part("regularizers"), optimizer=job.part("optimizer"), calibration=first_rows, alive=report.alive, memory=dict(memory),
+              quantize=quantize)
     base = load_base()
     report.alive("preparing the model")
     torch.manual_seed(derive_seed(job.seed, "start"))
     run.model = run.adapt.prepare(base, run).to(device)
+    if job.kernels:
+        kernels.install(run.model, parameters_whole=job.zero < 3)
     run.model.train()
+    with run.autocast():
+        split(run.model)  # found out now, while parameters are whole
     for regularizer in run.regularizers:
         regularizer.prepare(run)
     run.objective.prepare(run)
@@ -165,7 +185,10 @@ def prepare(job: Job, report: Reporter) -> Run:
 
 
 class Rows:
-    """The rendered rows, read from the file that the parent writes; nothing is read before it is asked for."""
+    """The rendered rows, read from the file that the parent writes; token ids are not read before they are asked for.
+
+    lengths, times: of each row, by number. sources: names of where rows come from; source_of: row_id -> number of its source.
+    """
 
     def __init__(self, path: Path):
         import pyarrow as pa
@@ -173,6 +196,9 @@ class Rows:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.lengths: list[int] = self.table["tokens"].to_pylist()
         self.times: list[int] = self.table["times"].to_pylist()
+        sources = self.table["source"].dictionary_encode().combine_chunks()
+        self.sources: list[str] = sources.dictionary.to_pylist()
+        self.source_of: dict[str, int] = dict(zip(self.table["row_id"].to_pylist(), sources.indices.to_pylist()))
 
     def examples(self, rows: Sequence[int]) -> list[Example]:
         """The rows of these numbers as examples."""
@@ -183,14 +209,16 @@ class Rows:
         return found
 
 
-def write_rows(path: Path, examples: Sequence[Example], times: Sequence[int]) -> None:
-    """Write rendered rows for `Rows`, in one move."""
+def write_rows(path: Path, examples: Sequence[Example], times: Sequence[int], sources: Sequence[str] | None = None) -> None:
+    """Write rendered rows for `Rows`, in one move. sources: where each row comes from."""
     import pyarrow as pa
 
     table = pa.table({
         "row_id": pa.array([e.row_id for e in examples], pa.string()),
         "times": pa.array(times, pa.int32()),
+        "source": pa.array(sources or [""] * len(examples), pa.string()),
         "tokens": pa.array([e.tokens for e in examples], pa.int64()),
+        "targets": pa.array([e.targets for e in examples], pa.int64()),
         "input_ids": pa.array([[list(s) for s in e.input_ids] for e in examples], pa.list_(pa.list_(pa.int32()))),
         "trained": pa.array([[list(s) for s in e.trained] for e in examples], pa.list_(pa.list_(pa.bool_()))),
     })

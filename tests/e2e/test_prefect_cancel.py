@@ -56,7 +56,7 @@ def test_stopping_a_served_run(way, server, kinds, tmp_path, record_property):
     # Without the ranks' own tie to the flow, only a flow that unwinds ends them; a flow killed with -9 cannot unwind.
     config = ranks_pipeline(tmp_path, slug(way), tied=way == "kill -9 of the flow")
     workspace = tmp_path / "work"
-    with serving(config, api, environment(home, kinds)) as (serve, deployment):
+    with serving(config, api, environment(home, kinds), background=way == "SIGTERM to serve") as (serve, deployment):
         run, found = started(api, deployment, workspace)
         assert found["parent"] == serve.pid
         began = time.monotonic()

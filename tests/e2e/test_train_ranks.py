@@ -46,7 +46,8 @@ def test_two_ranks_train_as_one_does(one, two, name):
     for parameter, values in one[name]["values"].items():
         assert two[name]["values"][parameter] == pytest.approx(values, abs=2e-4)
     for parameter, state in one[name]["state"].items():
-        assert set(two[name]["state"][parameter]) == set(state) and two[name]["state"][parameter]["step"] == state["step"] == 4
+        assert set(two[name]["state"][parameter]) == set(state) and two[name]["state"][parameter]["step"] == state["step"]
+        assert state["step"] == 4 or name == "lisa"  # whose layers take turns
 
 
 def test_all_stages_agree_on_two_ranks(two):

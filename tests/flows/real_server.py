@@ -107,10 +107,11 @@ def _healthy(url: str) -> bool:
 
 
 @contextmanager
-def ftpipe(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """An `ftpipe` command in a process group of its own, as a shell would start it."""
+def ftpipe(arguments: list[str], env: dict[str, str], log: Path, *, background: bool = False) -> Iterator[subprocess.Popen]:
+    """An `ftpipe` command in a process group of its own, as a shell would start it; a script's `&` makes it ignore SIGINT."""
+    ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None
     with log.open("ab") as out:
-        process = subprocess.Popen([*FTPIPE, *arguments], env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0, cwd=log.parent)
+        process = subprocess.Popen([*FTPIPE, *arguments], env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0, cwd=log.parent, preexec_fn=ignore)
     try:
         yield process
     finally:
@@ -118,10 +119,11 @@ def ftpipe(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[sub
 
 
 @contextmanager
-def serving(config: Path, api: Api, env: dict[str, str], *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def serving(config: Path, api: Api, env: dict[str, str], *arguments: str, background: bool = False) -> Iterator[tuple[subprocess.Popen, str]]:
     """`ftpipe serve` and the id of its deployment, once it polls for runs."""
     log = config.parent / f"serve-{time.monotonic_ns()}.log"
-    with ftpipe(["serve", str(config), *arguments], env | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}, log) as process:
+    env = env | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
+    with ftpipe(["serve", str(config), *arguments], env, log, background=background) as process:
         found, _ = wait_for(lambda: process.poll() is not None or api.deployment(config.stem), 90, what="the deployment")
         assert process.poll() is None, log.read_text()
         wait_for(lambda: "is served" in log.read_text(), 30, what="the runner")

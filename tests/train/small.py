@@ -28,6 +28,8 @@ class InMemory:
         self.all = examples
         self.lengths = [e.tokens for e in examples]
         self.times = [1] * len(examples)
+        self.sources = ["even", "odd"]
+        self.source_of = {e.row_id: i % 2 for i, e in enumerate(examples)}
 
     def examples(self, rows):
         return [self.all[r] for r in rows]
@@ -64,26 +66,39 @@ def group(folder: Path, world: int = 1):
     return process_group(job(folder / "rendezvous", world))
 
 
-def small_run(model: Path, *, zero: int = 0, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0, adapt: Any = None, objective: Any = None,
-              optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1) -> Run:
-    """A prepared run with its engine."""
+def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0,
+              adapt: Any = None, objective: Any = None, optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1,
+              rows: list[Example] | None = None, memory: dict[str, Any] | None = None, quantize: Any = None) -> Run:
+    """A prepared run with its engine. rows: what a method is shown that looks at data before training; memory: what a checkpoint kept."""
     import torch
 
     from ftpipe import slots
+    from ftpipe.train.batches import calibration
     from ftpipe.train.engine import Engine
     from ftpipe.train.run import derive_seed
+
+    small = slots.parse("models/quantize", quantize) if quantize else None
 
     def load_base() -> Any:
         from transformers import AutoModelForCausalLM
 
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         loaded.config.use_cache = False
-        return loaded.eval().requires_grad_(False)
+        loaded = small.quantize(loaded.eval()) if small else loaded.eval()
+        loaded.quantized_by = small
+        return loaded.requires_grad_(False)
 
-    run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=lambda: None, rank=rank, world=world, dtype=dtype, zero=zero,
-              seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}), objective=slots.parse("train/objective", objective or "sft"),
-              optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
-              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers))
+    def load_tokenizer() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model)
+
+    run = Run(model=None, load_base=load_base, identity={"model": str(model)}, load_tokenizer=load_tokenizer, rank=rank, world=world, dtype=dtype, zero=zero,
+              offload=offload, seed=seed, steps=8, adapt=slots.parse("train/adapt", adapt or {"lora": {"r": 4}}),
+              objective=slots.parse("train/objective", objective or "sft"), optimizer=slots.parse("train/optimizer", optimizer or "adamw"),
+              regularizers=tuple(slots.parse("train/regularizer", r) for r in regularizers), memory=dict(memory or {}), quantize=small)
+    shown = InMemory(rows or examples())
+    run.calibration = lambda n: calibration(Plan(shown.lengths, shown.times, seed, 100, rows_per_step=8), shown, n)
     base = load_base()
     torch.manual_seed(derive_seed(seed, "start"))
     run.model = run.adapt.prepare(base, run)
@@ -101,6 +116,7 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
     from ftpipe.train.loop import one_step
 
     memory = InMemory(rows)
+    plan.setdefault("alone", not run.adapt.packs)
     how = Plan(lengths=memory.lengths, times=memory.times, seed=1, batch_tokens=batch_tokens, rows_per_step=rows_per_step, **plan)
     records = []
     for step, (epoch, numbers) in enumerate(how.steps(steps=n)):
@@ -110,9 +126,37 @@ def steps(run: Run, rows: list[Example], n: int, *, batch_tokens: int = 100, row
     return records
 
 
+def resumed(folder: Path, model: Path, rows: list[Example], n: int, at: int, **settings: Any) -> tuple[Run, list[dict[str, Any]]]:
+    """A run stopped after step `at` and taken up again by another from its checkpoint, and the records of the steps after that."""
+    from ftpipe.train import checkpoint
+    from ftpipe.train.engine import Engine
+    from ftpipe.train.loop import _restore
+
+    broken = small_run(model, **settings)
+    steps(broken, rows, at)
+    checkpoint.write(folder, checkpoint.Checkpoint(at, broken.engine.trained(), broken.engine.optimizer_state(), list(broken.engine.names), broken.memory))
+    broken.engine.deepspeed.destroy()
+    run = small_run(model, **settings)
+    run.engine.deepspeed.destroy()
+    kept = checkpoint.latest(folder)
+    _restore(run, kept)
+    run.engine = Engine(run, 1.0, touched=kept.parameters)
+    run.engine.restore(kept.optimizer)
+    return run, steps(run, rows, n, first=at)
+
+
 CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "unequal": {"zero": 2, "batch_tokens": 50, "rows_per_step": 5},
+    "offload": {"zero": 2, "offload": True},
     "l2": {"zero": 3, "regularizers": ["l2_start"]},
+    "mezo": {"optimizer": {"mezo": {"eps": 1e-2}}, "batch_tokens": 50, "rows_per_step": 5},
+    "clip": {"zero": 3, "clip": 0.0, "regularizers": [{"component_clip": {"threshold": 0.05}}]},
+    "q_galore": {"optimizer": {"q_galore": {"rank": 3, "update_gap": 2, "projection": "float32"}}, "adapt": "full"},
+    "lisa": {"zero": 3, "adapt": {"lisa": {"active": 1, "every": 2}}, "optimizer": {"adamw": {"eps": 1e-3}}},
+    "gmt": {"zero": 3, "adapt": {"gmt": {"keep_ratio": 0.2}}, "optimizer": {"adamw": {"eps": 0.1}}},
+    "s2ft": {"zero": 3, "adapt": {"s2ft": {"down": 0.1, "output": 0.4, "up": 0.05, "value": 0.5}}},
+    "talr": {"zero": 2, "objective": "talr", "batch_tokens": 50, "rows_per_step": 5},
+    "noise": {"zero": 3, "regularizers": [{"noisefit": {"layers": 1, "noise_std": 1.0}}, "masked_thought", "neftune"], "batch_tokens": 50, "rows_per_step": 5},
 }
 TAKE = ("batch_tokens", "rows_per_step")
 

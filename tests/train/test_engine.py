@@ -11,6 +11,7 @@ from ftpipe.train.adapt.lora import Lora
 from ftpipe.train.objective.sft import Sft
 from ftpipe.train.run import Change
 from tests.train.small import examples, small_run, steps
+from tests.train.sparse import whole
 
 pytestmark = pytest.mark.usefixtures("alone")
 EXACT, ROUNDING = 1e-6, 2e-5
@@ -112,60 +113,6 @@ def test_a_higher_rate_of_one_group_reaches_the_optimizer(model):
 
 
 @pytest.mark.parametrize("zero", range(4))
-def test_gradients_can_be_read_and_replaced(model, zero):
-    class Silenced(Lora):
-        """Keeps only the gradient of the second layer."""
-
-        def on_gradients(self, run):
-            for name in run.engine.names:
-                grad = run.engine.gradient(name)
-                assert grad.shape == run.engine.value(name).shape
-                if "lora_B" in name:
-                    assert float(grad.abs().max()) > 0
-                run.engine.set_gradient(name, grad if ".layers.1." in name else grad * 0)
-
-    run = small_run(model, zero=zero, adapt=Silenced(r=4))
-    start = {n: run.engine.value(n) for n in run.engine.names}
-    steps(run, examples(), 2)
-    moved = {n for n in start if not run.engine.value(n).equal(start[n])}
-    assert moved and all(".layers.1." in n for n in moved)
-
-
-@pytest.mark.parametrize("zero", [0, 2, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_trains_may_change_from_step_to_step(model, zero, dtype):
-    """As LISA does: layers of the base model take turns; those that rest do not move, and all that was trained is saved."""
-    from ftpipe.train.adapt.full import Full
-
-    class Turns(Full):
-        def before_step(self, run):
-            layer = run.step % 2
-            return Change(trainable=frozenset(n for n, _ in run.model.named_parameters() if f".layers.{layer}." in n))
-
-    run = small_run(model, zero=zero, dtype=dtype, adapt=Turns(parameters=r"layers\.0\."))
-    start = {n: v.float() for n, v in whole(run).items()}
-    steps(run, examples(), 1)
-    first = whole(run)
-    assert {n for n in first if not first[n].float().equal(start[n])} <= {n for n in start if ".layers.0." in n}
-    assert any(".layers.0." in n and not first[n].float().equal(start[n]) for n in first)
-    steps(run, examples(), 2, first=1)
-    second = whole(run)
-    assert all(second[n].equal(first[n]) for n in first if ".layers.1." not in n)
-    assert any(not second[n].float().equal(start[n]) for n in first if ".layers.1." in n)
-    saved = run.engine.state()
-    assert set(saved) == {n for n in start if ".layers." in n}
-    assert all(saved[n].equal(second[n]) for n in saved)
-
-
-def whole(run):
-    """Every parameter's value, whatever the ZeRO stage."""
-    from ftpipe.train.engine import gathered
-
-    with gathered(run.model.parameters(), run.zero):
-        return {n: p.detach().clone() for n, p in run.model.named_parameters()}
-
-
-@pytest.mark.parametrize("zero", range(4))
 def test_rebuilding_the_engine_changes_nothing_unless_told_to_forget(model, zero):
     class Rebuilt(Lora):
         forget: bool = False
@@ -261,3 +208,39 @@ def test_the_penalty_of_activations_is_a_mean_over_the_step(model):
         run.regularizers = (One(),)
         with_penalty, without = steps(run, examples(), 1, **settings), steps(plain, examples(), 1, **settings)
         assert with_penalty[0]["loss"] == pytest.approx(without[0]["loss"] + 1.0, abs=EXACT)
+
+
+def test_losses_by_source_add_up_to_the_loss(model):
+    import torch
+
+    from ftpipe.train import forward
+    from ftpipe.train.batches import lay_out
+
+    run, rows = small_run(model), examples()
+    alone = {}
+    for i, row in enumerate(rows[:8]):
+        with torch.no_grad():
+            found = forward.token_losses(run.model, lay_out([row], 1.0))
+        total, count = alone.get(i % 2, (0.0, 0))
+        alone[i % 2] = (total + float(found.sum()), count + len(found))
+    (record,) = steps(run, rows, 1, shuffle=False)
+    for number, name in enumerate(("even", "odd")):
+        total, count = alone[number]
+        assert record[f"loss/{name}"] == pytest.approx(total / count, abs=ROUNDING)
+
+
+def test_a_loss_that_climbs_stops_and_one_that_wavers_does_not():
+    from ftpipe.errors import TrainingError
+    from ftpipe.train.loop import stop_if_diverged
+
+    def record(losses):
+        return [{"loss": x, "step": i + 1, "learning_rate": 0.1, "grad_norm": 1.0} for i, x in enumerate(losses)]
+
+    falls = [5 - 0.05 * i for i in range(60)]
+    for calm in (falls, [0.01, 0.02] * 20, [*falls, 9.0, *falls[-10:]], [3.0] * 8):
+        for n in range(1, len(calm) + 1):
+            stop_if_diverged(record(calm[:n]), 2.0)
+    with pytest.raises(TrainingError, match=r"the loss is 9 .* was 2\.\d+ before") as error:
+        stop_if_diverged(record([*falls, *[9.0] * 8]), 2.0)
+    assert "learning_rate" in error.value.remedy and "step 68" in error.value.where
+    stop_if_diverged(record([*falls, *[9.0] * 8]), 0.0)

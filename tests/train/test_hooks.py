@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
 
 import pytest
 
 from ftpipe.train import checkpoint
 from ftpipe.train.adapt.lora import Lora
-from ftpipe.train.optimizer.base import Optimizer
 from ftpipe.train.regularizer.base import Regularizer
 from ftpipe.train.run import Change
 from tests.train.small import examples, small_run, steps
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-class WithoutBackward(Optimizer):
-    """As MeZO: two forward passes along a seeded direction, and no gradient."""
-
-    eps: float = 1e-2
-
-    def build(self, groups):
-        import torch
-
-        return torch.optim.SGD(groups, lr=0.0)
-
-    def take_step(self, run, batches):
-        import torch
-
-        def move(by: float) -> None:
-            generator = run.generator("direction")
-            for parameter in run.trainable().values():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
-
-        def total() -> float:
-            return run.sum(sum(float(run.engine.loss(b)) for b in batches)) / run.world
-
-        with torch.no_grad():
-            move(self.eps)
-            up = total()
-            move(-2 * self.eps)
-            down = total()
-            slope = (up - down) / (2 * self.eps)
-            move(self.eps - run.engine.optimizer.param_groups[0]["lr"] * slope)
-        run.engine.norm = abs(slope)
-        return (up + down) / 2
-
-
-def test_a_step_without_backward_learns(model):
-    run = small_run(model, optimizer=WithoutBackward(), adapt="full")
-    found = steps(run, examples(8), 40, rows_per_step=8, rate=1e-3)
-    assert found[-1]["loss"] < found[0]["loss"] - 0.01
-    assert all(p.grad is None for p in run.model.parameters())
 
 
 class Noise(Regularizer):
@@ -160,39 +119,6 @@ def test_a_method_with_a_memory_goes_on_after_a_kill_as_if_nothing_had_been(mode
     resumed.engine = Engine(resumed, 1.0, touched=kept.parameters)
     resumed.engine.restore(kept.optimizer)
     assert steps(resumed, examples(), 6, first=5) == wanted[5:]
-
-
-class Projected(Optimizer):
-    """As GaLore: looks at whole matrices, so it works under ZeRO 0 only and says so."""
-
-    zero_stages: ClassVar[tuple[int, ...]] = (0,)
-
-    def build(self, groups):
-        import torch
-
-        class Projection(torch.optim.SGD):
-            shapes: ClassVar[list] = []
-
-            def step(self, closure=None):
-                for group in self.param_groups:
-                    for p in group["params"]:
-                        self.shapes.append(tuple(p.shape))
-                        u, s, v = torch.linalg.svd(p.grad, full_matrices=False)
-                        p.grad = u[:, :1] * s[:1] @ v[:1]
-                return super().step(closure)
-
-        return Projection(groups, lr=0.0)
-
-
-def test_an_optimizer_that_needs_matrices_gets_them_under_stage_zero(model):
-    run = small_run(model, optimizer=Projected(), zero=0)
-    start = {n: run.engine.value(n) for n in run.engine.names}
-    steps(run, examples(), 1)
-    import torch
-
-    for name in start:
-        change = torch.linalg.svdvals((run.engine.value(name) - start[name]).double())
-        assert change[1:].max() <= 1e-5 * max(float(change[0]), 1e-12)
 
 
 def test_checkpoints_are_replaced_whole(model, tmp_path):

@@ -47,6 +47,8 @@ def test_every_row_is_accounted_for(trained):
     seen = {s["row_id"]: s for s in table(ctx, "seen.parquet").to_pylist()}
     assert {r: s["times"] for r, s in seen.items()} == {f"r{i}": 6 if i == 0 else 2 for i in range(24)}
     assert all(1 <= s["first_step"] <= s["last_step"] <= ctx.counts["steps"] for s in seen.values())
+    assert sum(s["times"] * s["tokens"] for s in seen.values()) == ctx.counts["tokens"]
+    assert sum(s["times"] * s["trained_tokens"] for s in seen.values()) == ctx.counts["trained_tokens"]
 
 
 def test_metrics_hold_each_step_and_only_what_a_second_run_repeats(trained):
@@ -156,7 +158,7 @@ def test_no_rows_and_no_usable_rows_are_told_apart(tiny_model, tmp_path):
 
 def test_how_the_work_is_spread_is_no_part_of_the_key(tiny_model):
     plain = planted.stage(tiny_model).key_fields()
-    assert planted.stage(tiny_model, zero=0, ranks=2, checkpoint_every=3, heartbeat=5).key_fields() == plain
+    assert planted.stage(tiny_model, zero=0, ranks=2, offload="optimizer", checkpoint_every=3, heartbeat=5).key_fields() == plain
     assert planted.stage(tiny_model, learning_rate=1e-3).key_fields() != plain
 
 

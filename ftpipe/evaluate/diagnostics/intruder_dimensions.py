@@ -38,15 +38,22 @@ class IntruderDimensions(Diagnostic):
 
         from ftpipe import slots
         from ftpipe.models.adapters import read_manifest
-        from ftpipe.models.loading import load_adapted, load_model
+        from ftpipe.models.loading import load_adapted, load_model, quantized_base
 
-        base = {n: p.detach() for n, p in load_model(evidence.model, evidence.env, dtype="float32", device="cpu").named_parameters() if p.dim() == 2}
+        def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+            return {n: p.detach() for n, p in model.named_parameters() if p.dim() == 2}
+
+        whole = matrices(load_model(evidence.model, evidence.env, dtype="float32", device="cpu"))
         rows: list[tuple] = []
         numbers: dict[str, float] = {}
         for done, (system, artifact) in enumerate(evidence.adapters.items()):
             folder = artifact.file("adapter")
-            method = slots.parse("train/adapt", read_manifest(folder)["method"])
-            merged = method.merge(load_adapted(evidence.model, evidence.env, folder, dtype="float32", device="cpu", allow_zero=True))  # type: ignore[attr-defined]
+            told = read_manifest(folder)
+            method = slots.parse("train/adapt", told["method"])
+            small = quantized_base(evidence.model, evidence.env, told)  # the adapter's own change is what is looked at, not the rounding of its base
+            base = whole if small is None else matrices(small)
+            merged = method.merge(load_adapted(evidence.model, evidence.env, folder, dtype="float32", device="cpu", allow_zero=True,  # type: ignore[attr-defined]
+                                               dequantized=True))
             changed = {n: p.detach() for n, p in merged.named_parameters() if n in base and p.shape == base[n].shape and bool((p != base[n]).any())}
             mine = []
             for i, (name, tuned) in enumerate(sorted(changed.items())):

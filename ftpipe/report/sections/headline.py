@@ -138,6 +138,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         facts.append(("Base model", str(name)))
     if run.adapter and run.adapter.has("adapter/ftpipe_adapter.json"):
         described = run.adapter.json("adapter/ftpipe_adapter.json")
+        if described.get("quantize"):
+            facts.append(("Base quantised by", " + ".join(described["quantize"])))
         trainable = f", {count(described['trainable'])} parameters" if described.get("trainable") else ""
         facts.append(("Trained", " + ".join(described.get("method") or ["adapter"]) + trainable))
     read = run.path[0].counts.get("rows_in") if run.path else None

@@ -90,7 +90,7 @@ def _base(run: RunData) -> list[tuple[str, str]]:
     if run.adapter and run.adapter.has("adapter/ftpipe_adapter.json"):
         described = run.adapter.json("adapter/ftpipe_adapter.json")
         names = {k for k, _ in lines}
-        lines += [(k.replace("_", " "), setting(described[k])) for k in ("tokenizer", "chat_template", "dtype")
+        lines += [(k.replace("_", " "), setting(described[k])) for k in ("tokenizer", "chat_template", "dtype", "quantize")
                   if described.get(k) and k.replace("_", " ") not in names]
     return lines
 

@@ -54,38 +54,53 @@ class PeftAdapt(Adapt):
         prefix = getattr(model.base_model, "prefix", "")
         return [n for n, p in model.named_parameters() if prefix and prefix in n and not p.requires_grad]
 
-    def save(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def learnt(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What PEFT saves of the adapter, by PEFT's names, with the values of `state`."""
         from peft.utils import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         names = {id(p): n for n, p in model.named_parameters()}
         # Every entry PEFT may ask for (shared parameters under each of their names, fixed buffers), with the trained values in place.
         whole = {k: state.get(names.get(id(v), ""), v.detach()) for k, v in model.state_dict(keep_vars=True).items()}
         chosen = get_peft_model_state_dict(model, state_dict=whole, adapter_name="default", save_embedding_layers=False)
         if not chosen:
-            raise ArtifactError(f"PEFT found nothing to save for {self.name()}", where=str(folder))
-        save_file({n: t.detach().cpu().contiguous().clone() for n, t in sorted(chosen.items())}, folder / WEIGHTS, metadata={"format": "pt"})
-        config = model.peft_config["default"].to_dict()
-        config["inference_mode"] = True
+            raise ArtifactError(f"PEFT found nothing to save for {self.name()}")
+        return {n: t.detach().cpu().contiguous().clone() for n, t in sorted(chosen.items())}
+
+    def save(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        chosen, config = self.written(self.learnt(model, state), model.peft_config["default"].to_dict() | {"inference_mode": True})
+        save_file({n: t.contiguous() for n, t in sorted(chosen.items())}, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+    def written(self, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `save` writes, from the tensors and the configuration that PEFT would write: those, unless the method trains in another form."""
+        return tensors, config
+
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        from peft import PeftConfig, PeftModel
-        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import PeftConfig
         from safetensors.torch import load_file
 
-        config = PeftConfig.from_pretrained(str(folder))
+        return self.put_on(model, PeftConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS), str(folder))
+
+    def put_on(self, model: torch.nn.Module, config: PeftConfig, tensors: dict[str, torch.Tensor], where: str) -> torch.nn.Module:
+        """The base model with what `learnt` gave, for inference."""
+        from peft import PeftModelForCausalLM
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
         config.inference_mode = True
         config.init_lora_weights = getattr(config, "init_lora_weights", None) if config.peft_type != "LORA" else True
-        loaded = PeftModel(model, config, autocast_adapter_dtype=False)
-        tensors = load_file(folder / WEIGHTS)
+        loaded = PeftModelForCausalLM(model, config, autocast_adapter_dtype=False)
         expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
         if different := sorted(expected ^ set(tensors)):
-            raise ArtifactError(f"the adapter and {self.name()} disagree on {len(different)} tensors, the first is {different[0]}", where=str(folder))
+            raise ArtifactError(f"the adapter and {self.name()} disagree on {len(different)} tensors, the first is {different[0]}", where=where)
         set_peft_model_state_dict(loaded, tensors)
         return loaded.eval()
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        if getattr(model.get_base_model(), "quantized_by", None) is not None:
+            raise ConfigError("the adapter is on a quantised base, whose weights cannot hold its change",
+                              remedy="load it with `load_merged`, or with `load_adapted(dequantized=True)`, which put whole weights in their place")
         try:
             return model.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What methods share that train the base model's own weights: saved as whole tensors under the base model's names."""
+"""What methods share that train the base model's own weights: saved under the base model's names, whole or only where they changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftpipe.errors import ArtifactError, ConfigError
 from ftpipe.train.adapt.base import Adapt
@@ -21,40 +21,44 @@ INDEX = "weights.safetensors.index.json"
 
 
 class WeightsAdapt(Adapt):
-    """Trains the parameters that `chosen` names. The adapter holds their new values in the base model's type."""
+    """Trains the parameters that `chosen` names. The adapter holds their new values as float32; loading rounds them to the base model's type."""
 
     libraries: ClassVar[tuple[str, ...]] = ("transformers", "torch")
-    support: ClassVar[tuple[str, ...]] = ("ftpipe.train.adapt._weights",)
+    support: ClassVar[tuple[str, ...]] = ("ftpipe.train.adapt._weights", "ftpipe.models.sparse")
 
     @abstractmethod
-    def chosen(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters that train. Raises ConfigError if there are none."""
+    def chosen(self, model: torch.nn.Module, run: Run) -> list[str]:
+        """Names of the parameters that train at first. Raises ConfigError if there are none."""
+
+    def only_changed(self) -> bool:
+        """Whether `save` writes only the entries that differ from the base model. It then loads the base model once more, to compare."""
+        return False
 
     def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-        names = set(self.chosen(model))
+        names = set(self.chosen(model, run))
         for name, parameter in model.named_parameters():
             if name in names:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        model.load_start = run.load_base  # `save` is not given the run
         return model
 
     def save(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-        from safetensors.torch import save_file
+        write(self.changed(model, state) if self.only_changed() else {n: state[n].contiguous().clone() for n in state}, folder)
 
-        save_file({n: state[n].contiguous().clone() for n in sorted(state)}, folder / WEIGHTS, metadata={"format": "pt"})
+    def changed(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of the trained parameters the entries that differ from the base model, as tensors of the sparse format."""
+        from ftpipe.models.sparse import smallest
+
+        start = dict(model.load_start().named_parameters())
+        parts = {n: smallest(value, start[n]) for n, value in state.items()}
+        return {key: tensor for name, part in parts.items() if part is not None for key, tensor in part.tensors(name).items()}
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        import torch
-        from safetensors import safe_open
+        from ftpipe.models.sparse import put
+        from ftpipe.models.weights import Tensors
 
-        parameters = dict(model.named_parameters())
-        for name, file in tensor_files(folder).items():
-            with safe_open(file, framework="pt") as f:
-                value = f.get_tensor(name)
-            if name not in parameters or parameters[name].shape != value.shape:
-                raise ArtifactError(f"tensor {name} {list(value.shape)} does not fit the base model", where=str(folder))
-            with torch.no_grad():
-                parameters[name].copy_(value)
+        put(model, Tensors(tensor_files(folder)), str(folder))
         return model.eval()
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -77,6 +81,33 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return {}
     with safe_open(folder / WEIGHTS, framework="pt") as f:
         return dict.fromkeys(sorted(f.keys()), folder / WEIGHTS)
+
+
+class MaskedAdapt(WeightsAdapt):
+    """Trains single entries of some tensors: `masks` says which; the others keep their values exactly.
+
+    Their gradient is set to zero before each update from the first step on, so that an optimizer that treats every element alike leaves them where they
+    are: its moments stay zero. Weight decay would move them, and pull scales and biases to zero besides, so it is off for all that trains.
+    """
+
+    def masks(self, run: Run) -> Mapping[str, torch.Tensor]:
+        """For each tensor that trains in part: a bool tensor of its shape, true where it trains."""
+        return {}
+
+    def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        return [group | {"weight_decay": 0.0} for group in super().groups(model)]
+
+    def on_gradients(self, run: Run) -> None:
+        for name, mask in self.masks(run).items():
+            gradient = run.engine.gradient(name)
+            run.engine.set_gradient(name, gradient * mask.to(gradient.device))
+
+
+def write(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write `weights.safetensors`, the same bytes every time."""
+    from safetensors.torch import save_file
+
+    save_file({n: tensors[n] for n in sorted(tensors)}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def refuse_empty(names: list[str], what: str, remedy: str) -> list[str]:

@@ -29,12 +29,18 @@ class Adapt(Method):
 
     Class attributes:
         zero_stages: ZeRO stages the method works under.
+        quantized: methods of models/quantize on whose bases it trains. Not inherited: a subclass that reads or changes the base's weights finds them packed.
         packs: False if the method prepends something to the sequence (prompt tuning), so that rows cannot share one.
     """
 
     slot: ClassVar[str] = "train/adapt"
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    quantized: ClassVar[tuple[str, ...]] = ()
     packs: ClassVar[bool] = True
+
+    def trains_beside(self, quantize: str) -> bool:
+        """Whether it trains, with these settings, on a base whose linear layers the method `quantize` of models/quantize made small."""
+        return quantize in vars(type(self)).get("quantized", ())
 
     @abstractmethod
     def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
@@ -92,3 +98,10 @@ def extra_methods() -> dict[str, Callable[[], type[Method]]]:
     from ftpipe.train.adapt import _peft_family
 
     return _peft_family.methods()
+
+
+def refused_methods() -> dict[str, str]:
+    """Tuners of PEFT that a training run cannot serve, with the reason."""
+    from ftpipe.train.adapt import _peft_family
+
+    return dict(_peft_family.REFUSED)

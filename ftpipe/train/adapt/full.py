@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from ftpipe.train.adapt._weights import WeightsAdapt, refuse_empty
+from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,6 @@ class Full(WeightsAdapt):
             raise ValueError(f"not a regular expression: {error}") from error
         return value
 
-    def chosen(self, model: torch.nn.Module) -> list[str]:
+    def chosen(self, model: torch.nn.Module, run: Run) -> list[str]:
         names = [n for n, _ in model.named_parameters() if re.search(self.parameters, n)]
         return refuse_empty(names, f"parameter that matches {self.parameters!r}", "see the names in the model's safetensors index")

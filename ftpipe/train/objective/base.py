@@ -76,6 +76,10 @@ class Objective(Method):
 
         return lay_out(examples, self.count(examples), run.device)
 
+    def before_step(self, run: Run, batches: Sequence[Batch]) -> None:
+        """Called with all micro-batches of this rank before the first is trained on, on every rank at the same time: the place for what depends on the
+        whole step, not on the micro-batch (`run.engine.look` runs the model without a gradient; copies of weight 0 do not count)."""
+
     @abstractmethod
     def loss(self, run: Run, batch: Batch) -> torch.Tensor:
         """The *sum* of the loss over the batch: a scalar with a gradient. Forward passes go through `train.forward`."""

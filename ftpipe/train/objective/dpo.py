@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ftpipe.errors import DataError
+from ftpipe.train.objective._sequences import totals
 from ftpipe.train.objective.base import Example, Objective
 from ftpipe.train.run import Batch, Run
 
@@ -59,25 +60,21 @@ class Dpo(Objective):
 
         from ftpipe.train.forward import token_losses
 
+        def answers(model: Any) -> torch.Tensor:
+            """Log probability of each answer: [2 pairs]."""
+            return totals(-token_losses(model, batch), batch, 2 * int(batch.count))
+
         with torch.no_grad():
             if "dpo" in run.cache:
-                reference = answers(-token_losses(run.cache["dpo"], batch), batch)
+                reference = answers(run.cache["dpo"])
             else:
                 training = run.model.training
                 run.model.eval()
                 with run.adapt.without(run.model):
-                    reference = answers(-token_losses(run.model, batch), batch)
+                    reference = answers(run.model)
                 run.model.train(training)
-        gain = answers(-token_losses(run.model, batch), batch) - reference
+        gain = answers(run.model) - reference
         chosen, rejected = gain[0::2], gain[1::2]
         for name, value in (("margin", self.beta * (chosen - rejected).detach().sum()), ("pairs_right", (chosen > rejected).sum())):
             run.sums[name] = run.sums.get(name, 0.0) + float(value) * batch.weight
         return -logsigmoid(self.beta * (chosen - rejected)).sum()
-
-
-def answers(logprobs: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Sum of the tokens' log probabilities by sequence: [sequences]."""
-    import torch
-
-    n = 2 * int(batch.count)
-    return torch.zeros(n, dtype=logprobs.dtype, device=logprobs.device).index_add(0, batch.sequence, logprobs)

@@ -11,9 +11,16 @@ from ftpipe.train.optimizer.base import Optimizer
 if TYPE_CHECKING:
     import torch
 
+FUSED = ("cpu", "cuda")
+"""Devices that torch's fused kernel is used on."""
+
 
 class Adamw(Optimizer):
-    """Adam with weight decay apart from the gradient. Treats every element alike, so it works on the flat pieces of any ZeRO stage."""
+    """Adam with weight decay apart from the gradient. Treats every element alike, so it works on the flat pieces of any ZeRO stage.
+
+    Runs torch's fused kernel (CPU and CUDA): 2 to 3 times as fast on a CPU as the one of many passes. The same tensors give the same bytes, but the
+    kernel rounds the elements that fill no vector register in another way, so tensors of odd length may differ in the last bit between ZeRO stages.
+    """
 
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
@@ -26,4 +33,5 @@ class Adamw(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.AdamW(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay)
+        fused = all(p.device.type in FUSED for g in groups for _, p in g["params"])
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=fused)

@@ -12,6 +12,8 @@ from ftpipe.train.run import Batch, Run
 if TYPE_CHECKING:
     import torch
 
+    from ftpipe.stages.train import Train
+
 
 class Optimizer(Method):
     """Builds the torch optimizer and takes the step.
@@ -24,9 +26,15 @@ class Optimizer(Method):
     slot: ClassVar[str] = "train/optimizer"
     zero_stages: ClassVar[tuple[int, ...]] = (0,)
 
+    def check(self, stage: Train) -> None:
+        """Raise ConfigError, before anything runs, if the rest of the stage's settings does not go with the method."""
+
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer over parameter groups. The loop sets each group's `lr` before every step."""
+        """The torch optimizer over parameter groups. The loop sets each group's `lr` before every step.
+
+        A group's `params` are pairs of name and parameter, which torch's optimizers take and keep as `params` and `param_names`.
+        """
 
     def take_step(self, run: Run, batches: Sequence[Batch]) -> float:
         """Forward, backward and update over this rank's micro-batches; returns the sum of their losses.

@@ -1,0 +1,60 @@
+"""Root-mean-square norm with frozen weights, keeping its input and one number a token for the backward pass."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RmsNorm(torch.autograd.Function):
+    """w * (x / sqrt(mean(x^2) + eps)), the mean over the last axis and the quotient in float32 and rounded to x's type, as transformers has it.
+
+    Autograd's own form keeps two float32 copies of the input and takes twice as many passes back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * wide.mul(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        g = (grad * weight).float().mul_(scale)
+        unit = x.float().mul_(scale)
+        return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).to(x.dtype), None, None
+
+
+def install(model: nn.Module) -> int:
+    """Use it in every norm layer that computes exactly this and whose weights are frozen; returns how many."""
+    found = 0
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_it(module):
+            module.forward = MethodType(_forward, module)
+            found += 1
+    return found
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    if self.weight.requires_grad:
+        return type(self).forward(self, x)
+    return RmsNorm.apply(x, self.weight, _eps(self))
+
+
+def _eps(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _is_it(module: Any) -> bool:
+    """Whether the layer's own forward pass gives the same bits on a sample."""
+    weight = getattr(module, "weight", None)
+    if not torch.is_tensor(weight) or weight.dim() != 1 or not weight.numel() or weight.requires_grad:
+        return False
+    x = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device).view(4, -1).sin().to(weight.dtype)
+    with torch.no_grad():
+        return bool(torch.equal(module(x), RmsNorm.apply(x, weight, _eps(module))))

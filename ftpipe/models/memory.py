@@ -1,0 +1,26 @@
+"""How this process allocates memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+@lru_cache
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed blocks for the next use; returns whether it will.
+
+    Activations are allocated and freed at every layer. Left to itself glibc hands large blocks back to the kernel and gets them again page by page,
+    which takes a third of the time of attention over 512 tokens. Nothing is done where the user has set MALLOC_ variables, or the library is another.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return all([mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**26)])
