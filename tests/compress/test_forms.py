@@ -1,4 +1,4 @@
-"""Adapters that are kept sparsely, in several files or packed, and those trained beside a quantised base: merging, editing, compressing and loading read all."""
+"""Adapters kept sparsely, in several files or packed, and those trained beside a quantised base: every stage reads them all."""
 
 from __future__ import annotations
 
