@@ -31,8 +31,10 @@ $(VENV)/.ready: requirements.lock requirements-model.lock pyproject.toml
 quickstart: setup
 	$(BIN)/ftpipe run $(CONFIG) $(ARGS)
 
+# Files of tests run side by side, one for each processor. bitsandbytes is only here: where it is installed, PEFT imports it in every rank.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -c 'import bitsandbytes' 2> /dev/null || $(PIP) --no-deps -r requirements-test.lock
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

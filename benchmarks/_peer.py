@@ -50,7 +50,7 @@ def main(arm: str, task: dict) -> dict:
     steps = len(task["rows"]) // task["rows_per_step"]
     common = {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": task["rows_per_step"], "max_steps": steps, "logging_steps": 1,
               "learning_rate": task["learning_rate"], "lr_scheduler_type": "constant", "weight_decay": 0.0, "train_sampling_strategy": "sequential",
-              "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+              "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
     if arm == "trainer":
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(task["model"]), lora)
         rows = [{"input_ids": r["input_ids"], "attention_mask": [1] * len(r["input_ids"]),

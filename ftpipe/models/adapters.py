@@ -117,11 +117,22 @@ def _tensors(folder: Path, model: torch.nn.Module, *, allow_zero: bool) -> None:
         if why:
             raise _misfit(name, part.value, why, folder)
         change[name] = part.changes(parameters[name])
-    # a LoRA delta is the product B A: zero as soon as every B is, whatever A holds
-    decisive = [c for n, c in change.items() if ".lora_" not in n or ".lora_B" in n or ".lora_embedding_B" in n] or list(change.values())
-    if not any(decisive) and not allow_zero:
+    if not any(_effects(change)) and not allow_zero:
         raise ArtifactError("the adapter changes nothing: its delta is all zero", where=str(folder),
                             remedy="check the learning rate and that tokens were trained on")
+
+
+def _effects(change: Mapping[str, bool]) -> list[bool]:
+    """For each part of the model whether it is changed, from which tensors hold anything. The change of a LoRA is a product (B A, AdaLoRA's B E A), so it
+    is nothing as soon as one factor is."""
+    factors: dict[str, bool] = {}
+    for name, holds in change.items():
+        target, _, kind = name.partition(".lora_")
+        if kind and not kind.endswith("bias"):
+            factors[target] = factors.get(target, True) and holds
+        else:
+            factors[name] = holds
+    return list(factors.values())
 
 
 def _misfit(name: str, tensor: torch.Tensor, why: str, file: Path) -> ArtifactError:

@@ -107,3 +107,13 @@ def test_an_adapter_that_changes_nothing_is_refused_unless_asked_for(tiny_model,
     with torch.inference_mode():
         same = load_adapted(str(tiny_model), env, start, dtype="float32", device="cpu", allow_zero=True)(tokens).logits
         assert torch.allclose(same, load_model(str(tiny_model), env, dtype="float32", device="cpu")(tokens).logits)
+
+
+def test_a_product_with_one_factor_of_zeros_changes_nothing():
+    from ftpipe.models.adapters import _effects
+
+    ada = {"base_model.model.x.lora_A": True, "base_model.model.x.lora_B": True, "base_model.model.x.lora_E": False}
+    assert not any(_effects(ada))
+    assert any(_effects(ada | {"base_model.model.y.lora_A": True, "base_model.model.y.lora_B": True, "base_model.model.y.lora_E": True}))
+    assert any(_effects({"x.lora_A.weight": True, "x.lora_B.weight": True, "x.lora_B.bias": False}))
+    assert any(_effects({"x.lora_A.weight": True, "x.lora_B.weight": False, "model.norm.weight": True}))
