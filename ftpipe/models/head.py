@@ -19,9 +19,19 @@ def split(model: Any) -> tuple[torch.nn.Module, torch.nn.Module] | None:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if model not in _known:
-        # PEFT puts a prompt in front outside of the base model, which alone would not see it.
-        _known[model] = not hasattr(model, "prompt_encoder") and _is_plain(model, base)
+        _known[model] = _bare(model, base) and _is_plain(model, base)
     return (base.get_decoder(), base.get_output_embeddings()) if _known[model] else None
+
+
+def _bare(model: Any, base: Any) -> bool:
+    """Whether nothing acts between the outermost call and the backbone: a prompt that PEFT puts in front, a hook, a tuner with a forward pass of its own.
+    A method that starts as the base model could not be told from one that does nothing by its numbers."""
+    if hasattr(model, "prompt_encoder"):
+        return False
+    tuner = getattr(model, "base_model", None) if model is not base else None
+    if tuner is not None and "forward" in type(tuner).__dict__:
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in (model, tuner, base) if m is not None)
 
 
 def _is_plain(model: Any, base: Any) -> bool:

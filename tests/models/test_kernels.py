@@ -195,3 +195,16 @@ def test_attention_of_another_kind_is_left_to_torch(what):
     assert attention._lengths(module, q, q, q, 0.0, torch.arange(6)[None], what) is None
     assert attention._lengths(module, q, q, q, 0.1, torch.arange(6)[None], {}) is None
     assert attention._lengths(module, q[:, :, :1], q, q, 0.0, torch.tensor([[5]]), {}) is None
+
+
+def test_what_acts_outside_of_the_backbone_is_not_passed_by(tiny_model):
+    """A method that is without effect at the start cannot be found by its numbers, so its hooks are looked for."""
+    from transformers import AutoModelForCausalLM
+
+    from ftpipe.models.head import split
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert split(model) is not None
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    other.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    assert split(other) is None
