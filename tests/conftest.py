@@ -34,3 +34,8 @@ def log_as_it_was() -> Iterator[None]:
     yield
     log.handlers[:], log.propagate = before[0], before[2]
     log.setLevel(before[1])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that no processor waits for the last of them."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
