@@ -88,6 +88,8 @@ def environment(job: Job, rank: int) -> dict[str, str]:
             "MASTER_PORT": "0", "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0",
             "PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]))}
+    # MKL's float32 products depend on where in memory their operands begin, unless told otherwise, and a resumed run's lie elsewhere.
+    env.setdefault("MKL_CBWR", "AUTO,STRICT")
     if sys.platform == "linux":
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine; a host name that does not resolve is no obstacle
     if job.device == "cuda":

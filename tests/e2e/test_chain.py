@@ -97,7 +97,7 @@ def test_killed_in_each_stage_same_bytes_in_the_end(finished: Path, tmp_path: Pa
     broken = make_broken(finished, tmp_path)
     rng = random.Random(11)
     for stage, longest in (("ingest", 0.6), ("audit", 0.6), ("pool/minhash", 0.6), ("reference", 3.0), ("curated/perplexity", 0.6), ("curated/lobass", 0.6),
-                           ("curated/sensitivity_sampling", 0.6), ("adapter", 9.0), ("adapter", 12.0), ("random", 6.0), ("evaluate", 4.0), ("register", 2.0),
+                           ("curated/sensitivity_sampling", 0.6), ("adapter", 6.0), ("adapter", 9.0), ("random", 4.0), ("evaluate", 3.0), ("register", 2.0),
                            ("report", 0.5)):
         kill_in(broken, stage, rng.uniform(0.0, longest))
     ftpipe(broken, "run", "pipeline.yaml", "--no-prefect")

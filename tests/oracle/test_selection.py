@@ -24,6 +24,9 @@ from tests.models.data import context, some_rows, trained_adapter
 
 SILENT = {"format": "messages", "messages": [{"role": "user", "content": "hello?"}]}
 
+BF16 = 1e-3
+"""Nats a token: rounding between ftpipe's forward pass and transformers', both in bf16. A wrong shift or mask of the labels is off by a hundred times that."""
+
 
 def naive_losses(model, tokenizer, rows: list[dict]) -> dict[str, float]:
     """Mean loss of the answers by row_id, from full logits."""
@@ -53,7 +56,7 @@ def test_the_loss_step_annotates_what_the_model_says(tmp_path, tiny_model, base)
     lines = {r["row_id"]: r for r in pq.read_table(out.file("annotations.parquet")).to_pylist()}
     truth = naive_losses(*base, rows)
     for row_id, loss in truth.items():
-        assert lines[row_id]["loss"] == pytest.approx(loss, abs=1e-4)
+        assert lines[row_id]["loss"] == pytest.approx(loss, abs=BF16)
         assert lines[row_id]["loss"] == lines[row_id]["nll"] / lines[row_id]["trained_tokens"] and len(lines[row_id]["embedding"]) == 32
     silent, = (line for i, line in lines.items() if i not in truth)
     assert silent["loss"] is None and silent["trained_tokens"] == 0
@@ -68,7 +71,7 @@ def test_perplexity_keeps_exactly_the_lowest_share(tmp_path, tiny_model, base, k
     n = int(keep * 11)
     assert sorted(kept_ids(out)) == sorted(sorted(truth, key=truth.get)[:n])
     for row_id, line in decisions(out).items():
-        assert line["score"] == pytest.approx(truth[row_id], rel=1e-4)
+        assert line["score"] == pytest.approx(truth[row_id], rel=BF16)
         assert line["kept"] or line["reason"] == "perplexity too high"
 
 
@@ -148,7 +151,7 @@ def test_lobass_scores_are_those_of_two_full_forwards(learned, tiny_model):
     notes = {r["row_id"]: r for r in pq.read_table(out.file("annotations.parquet")).to_pylist()}
     for row_id, line in decisions(out).items():
         assert line["score"] == pytest.approx(1 - notes[row_id]["loss_reference"] / notes[row_id]["loss_base"], abs=1e-6)
-        assert line["score"] == pytest.approx(1 - after[row_id] / before[row_id], abs=1e-4)
+        assert line["score"] == pytest.approx(1 - after[row_id] / before[row_id], abs=BF16)
 
 
 def test_rows_with_random_answers_rank_below_those_that_can_be_learned(learned, tiny_model):
