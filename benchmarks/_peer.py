@@ -62,8 +62,9 @@ def main(arm: str, task: dict) -> dict:
 
         rows = [{"input_ids": r["input_ids"], "completion_mask": [int(m) for m in r["trained"]]} for r in task["rows"]]
         best = {} if arm == "trl" else {"gradient_checkpointing": False, "padding_free": True, **task.get("best", {})}
-        trainer = SFTTrainer(model=task["model"], args=SFTConfig(max_length=None, **common, **best), train_dataset=Dataset.from_list(rows), peft_config=lora,
-                             processing_class=tokenizer, callbacks=[Watch()])
+        config = SFTConfig(max_length=None, completion_only_loss=True, **common, **best)
+        trainer = SFTTrainer(model=task["model"], args=config, train_dataset=Dataset.from_list(rows), peft_config=lora, processing_class=tokenizer,
+                             callbacks=[Watch()])
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from ftpipe.errors import ConfigError, nearest
 
@@ -58,6 +59,18 @@ class Method(BaseModel):
     def dump(self) -> dict[str, Any]:
         """`{name: {field: value}}`, the YAML form, with every default written out."""
         return {self.name(): self.model_dump(mode="json")}
+
+
+def _compiles(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""Type of a field that holds a regular expression; one that does not compile is refused when the setting is read."""
 
 
 class InvalidMethod(ValueError):

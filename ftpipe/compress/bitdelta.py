@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ftpipe.compress.base import Compressor
 from ftpipe.errors import ConfigError
+from ftpipe.slots import Pattern
 from ftpipe.stages.base import Ref
 
 if TYPE_CHECKING:
@@ -32,22 +33,13 @@ class BitDelta(Compressor):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "numpy")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.merge._deltas", "ftpipe.merge._given", "ftpipe.compress._packed", "ftpipe.compress._distil")
 
-    parameters: str = Field(default=r"\.(self_attn|attn|attention|mlp|feed_forward)\.", description="Regular expression; matrices whose name it is found in "
-                            "are packed.")
+    parameters: Pattern = Field(default=r"\.(self_attn|attn|attention|mlp|feed_forward)\.", description="Regular expression; matrices whose name it is found "
+                                "in are packed.")
     rows: Ref | None = Field(default=None, description="Stage whose train rows the scales are distilled on; without it they stay the mean magnitudes.")
     steps: int = Field(default=200, ge=1, description="Steps of the distillation.")
     learning_rate: float = Field(default=1e-4, gt=0, description="Learning rate (AdamW) at its first step; a cosine brings it to 0.")
     batch_size: int = Field(default=4, ge=1, description="Rows of a step.")
     max_length: int = Field(default=128, ge=2, description="Tokens a row is cut to.")
-
-    @field_validator("parameters")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return value
 
     def compress(self, adapter: Path, out: Path, given: Given) -> dict[str, Any]:
         import torch

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,11 +50,14 @@ def train(job: Job, report: Reporter) -> None:
             run.engine.restore(resumed.optimizer)
         factor = job.part("schedule").factor(len(steps), round(job.warmup * len(steps)))
         report("ready", steps=len(steps), start=start, packing=packing, trainable=sum(p.numel() for p in run.trainable().values()) if job.zero < 3 else None)
+        divergence = Divergence(job.diverged)
+        for record in metrics:
+            divergence.see(record)
         for step in range(start, len(steps)):
             run.step, (run.epoch, numbers) = step, steps[step]
             record = one_step(run, plan, rows, numbers, job.learning_rate * factor(step), report)
             metrics.append(record)
-            stop_if_diverged(metrics, job.diverged)
+            divergence.see(record)
             if job.checkpoint_every and (step + 1) % job.checkpoint_every == 0 and step + 1 < len(steps):
                 _write_checkpoint(run, Path(job.checkpoints), metrics, report)
         _finish(run, job, rows, steps, metrics, packing, report)
@@ -117,17 +122,24 @@ def _by_source(run: Run, batches: Sequence[Batch], rows: Rows) -> list[float]:
     return found.flatten().tolist()
 
 
-def stop_if_diverged(metrics: Sequence[dict[str, Any]], factor: float) -> None:
-    """Raise TrainingError if the loss climbed: its mean over the last `WINDOW` steps is more than `factor` times the lowest such mean so far, plus one nat."""
-    losses = [m["loss"] for m in metrics]
-    if not factor or len(losses) < 2 * WINDOW:
-        return
-    means = [sum(losses[i:i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
-    lowest = min(means[:-1])
-    if means[-1] > factor * lowest + 1:
-        raise TrainingError(f"training diverges: the loss is {means[-1]:.3g} over the last {WINDOW} steps and was {lowest:.3g} before",
-                            where=f"step {metrics[-1]['step']}, learning rate {metrics[-1]['learning_rate']:.3g}, gradient {metrics[-1]['grad_norm']:.3g}",
-                            remedy="lower learning_rate, raise warmup or lower clip; `diverged: 0` goes on regardless")
+class Divergence:
+    """Stops a training whose loss climbs: the mean over the last `WINDOW` steps is more than `factor` times the lowest such mean before, plus one nat."""
+
+    def __init__(self, factor: float):
+        self.factor, self.lowest = factor, math.inf
+        self.recent: deque[float] = deque(maxlen=WINDOW)
+
+    def see(self, record: dict[str, Any]) -> None:
+        """Take in a step's record. Raises TrainingError if it is the one that is too much; a factor of 0 never does."""
+        self.recent.append(record["loss"])
+        if not self.factor or len(self.recent) < WINDOW:
+            return
+        mean = sum(self.recent) / WINDOW
+        if mean > self.factor * self.lowest + 1:
+            raise TrainingError(f"training diverges: the loss is {mean:.3g} over the last {WINDOW} steps and was {self.lowest:.3g} before",
+                                where=f"step {record['step']}, learning rate {record['learning_rate']:.3g}, gradient {record['grad_norm']:.3g}",
+                                remedy="lower learning_rate, raise warmup or lower clip; `diverged: 0` goes on regardless")
+        self.lowest = min(self.lowest, mean)
 
 
 def _check_first_batch(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], job: Job) -> float | None:

@@ -32,7 +32,7 @@ class Job:
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
-    `models.kernels`. diverged: see `loop.stop_if_diverged`. offload: optimizer state on the CPU. quantize: method of
+    `models.kernels`. diverged: see `loop.Divergence`. offload: optimizer state on the CPU. quantize: method of
     models/quantize in YAML form, None for the base as it is.
     """
 

@@ -231,16 +231,17 @@ def test_losses_by_source_add_up_to_the_loss(model):
 
 def test_a_loss_that_climbs_stops_and_one_that_wavers_does_not():
     from ftpipe.errors import TrainingError
-    from ftpipe.train.loop import stop_if_diverged
+    from ftpipe.train.loop import Divergence
 
-    def record(losses):
-        return [{"loss": x, "step": i + 1, "learning_rate": 0.1, "grad_norm": 1.0} for i, x in enumerate(losses)]
+    def see(losses, factor=2.0):
+        divergence = Divergence(factor)
+        for i, loss in enumerate(losses):
+            divergence.see({"loss": loss, "step": i + 1, "learning_rate": 0.1, "grad_norm": 1.0})
 
     falls = [5 - 0.05 * i for i in range(60)]
     for calm in (falls, [0.01, 0.02] * 20, [*falls, 9.0, *falls[-10:]], [3.0] * 8):
-        for n in range(1, len(calm) + 1):
-            stop_if_diverged(record(calm[:n]), 2.0)
-    with pytest.raises(TrainingError, match=r"the loss is 9 .* was 2\.\d+ before") as error:
-        stop_if_diverged(record([*falls, *[9.0] * 8]), 2.0)
-    assert "learning_rate" in error.value.remedy and "step 68" in error.value.where
-    stop_if_diverged(record([*falls, *[9.0] * 8]), 0.0)
+        see(calm)
+    with pytest.raises(TrainingError, match=r"was 2\.\d+ before") as error:
+        see([*falls, *[9.0] * 8])
+    assert "learning_rate" in error.value.remedy and "step 6" in error.value.where
+    see([*falls, *[9.0] * 8], factor=0.0)

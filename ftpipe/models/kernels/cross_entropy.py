@@ -1,7 +1,7 @@
 """Cross-entropy against a frozen output layer, without the logits.
 
 The loss of a token and its gradient with respect to the hidden state are computed together, a few tokens at a time. Only the gradients, as large as the
-hidden states, are kept: the logits of a vocabulary of 49,152 take 85 times that, and making them again for the backward pass costs a third more time.
+hidden states, are kept: the logits of a vocabulary of 49,152 take 85 times that, and making them again for the backward pass costs half as much work again.
 """
 
 from __future__ import annotations
