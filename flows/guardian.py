@@ -70,7 +70,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    server = start_server(task["port"], Path(task["log"]), schedules=task["schedules"]) if task["port"] else None
+    log = Path(task["log"])
+    server = start_server(task["port"], log, schedules=task["schedules"]) if task["port"] else None
     try:
         if not wait_for_parent(task["parent"], server):
             tidy_up(task["api"], task["session"])
@@ -81,6 +82,8 @@ def main() -> None:
                 server.wait(10)
             except subprocess.TimeoutExpired:
                 server.kill()
+            if not log.stat().st_size:
+                log.unlink()
 
 
 if __name__ == "__main__":

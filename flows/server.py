@@ -12,7 +12,7 @@ import time
 import tomllib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -38,37 +38,56 @@ def api(*, schedules: bool) -> Iterator[str]:
     Raises:
         InfrastructureError: the configured API does not answer, or the local one does not start.
     """
-    url = configured()
-    usual = FileLock(Path(tempfile.gettempdir()) / f"ftpipe-prefect-{os.getuid()}.lock")
-    port = 0
-    if url:
-        check(url)
-    else:
-        port = _free_port(USUAL_PORT if _take(usual) else 0)
-        url = f"http://127.0.0.1:{port}/api"
-    session = uuid.uuid4().hex
-    log = prefect_home() / "ftpipe-server.log"
-    task = {"parent": os.getpid(), "port": port, "api": url, "log": str(log), "schedules": schedules, "session": session}
-    guardian = subprocess.Popen([sys.executable, "-m", "flows.guardian", json.dumps(task)], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        with _environment({"PREFECT_API_URL": url, SESSION: session} | ({"PREFECT_UI_URL": url.removesuffix("/api")} if port else {})):
-            if port:
+    with ExitStack() as held:
+        url, port, turn = configured(), 0, None
+        if url:
+            check(url)
+        else:
+            usual = FileLock(Path(tempfile.gettempdir()) / f"ftpipe-prefect-{os.getuid()}.lock")
+            held.callback(usual.release)
+            turn = held.enter_context(_turn())
+            port = _free_port(USUAL_PORT if _take(usual) else 0)
+            url = f"http://127.0.0.1:{port}/api"
+        log = prefect_home() / f"ftpipe-server-{port}.log"
+        task = {"parent": os.getpid(), "port": port, "api": url, "log": str(log), "schedules": schedules, "session": uuid.uuid4().hex}
+        guardian = subprocess.Popen([sys.executable, "-m", "flows.guardian", json.dumps(task)], stdin=subprocess.PIPE, start_new_session=True)
+        held.callback(_end, guardian)
+        with _environment({"PREFECT_API_URL": url, SESSION: task["session"]} | ({"PREFECT_UI_URL": url.removesuffix("/api")} if port else {})):
+            if turn:
                 _wait_until_healthy(url, guardian, log)
+                turn.release()
             with _settings(heartbeats=schedules):
                 yield url
+
+
+@contextmanager
+def _turn() -> Iterator[FileLock]:
+    """Servers on one database start one after the other: each brings its tables up to date, and two that do so at once can wait for each other."""
+    prefect_home().mkdir(parents=True, exist_ok=True)
+    turn = FileLock(prefect_home() / "ftpipe-server.lock")
+    try:
+        turn.acquire(timeout=2 * STARTUP)
+    except Timeout as error:
+        raise InfrastructureError("another local Prefect server has been starting for minutes", where=turn.lock_file,
+                                  remedy="end the command it belongs to, or use --no-prefect") from error
+    try:
+        yield turn
     finally:
-        if guardian.stdin:
-            try:
-                guardian.stdin.write(b"done\n")
-                guardian.stdin.close()
-            except BrokenPipeError:
-                pass
-        try:
-            guardian.wait(15)
-        except subprocess.TimeoutExpired:
-            guardian.kill()
-            guardian.wait()
-        usual.release()
+        turn.release()
+
+
+def _end(guardian: subprocess.Popen) -> None:
+    """Tell the guardian that nothing is left behind, and wait until it and its server are gone."""
+    try:
+        guardian.stdin.write(b"done\n")
+        guardian.stdin.close()
+    except BrokenPipeError:
+        pass
+    try:
+        guardian.wait(15)
+    except subprocess.TimeoutExpired:
+        guardian.kill()
+        guardian.wait()
 
 
 def configured() -> str | None:

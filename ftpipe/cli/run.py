@@ -76,6 +76,10 @@ def print_summary(run) -> None:
     built = states.count("built")
     console.print(f"\nrun {run.id}: " + (f"{built} of {len(states)} stages ran" if built else f"nothing to do, all {len(states)} stages reused"))
     made = {run.pipeline.stages[name].produces: artifact for name, artifact in run.artifacts.items()}
+    if "study" in made:
+        _study(console, made["study"])
+        console.print(f"report: {made['report'].file('report.html')}" if "report" in made else "")
+        return
     found = summary(made.get("evaluation"), made.get("verdict"), made.get("version"), made.get("report"))
     if found["rows"]:
         header, rows = cells(found)
@@ -97,6 +101,34 @@ def print_summary(run) -> None:
         console.print(f"report: {found['report']}")
     if "version" in made:
         _next(console, run)
+
+
+def _study(console, artifact) -> None:
+    """Each arm of a study: means, differences with their intervals, tokens and time."""
+    from rich.table import Table
+
+    from ftpipe.report.numbers import count, digits_for, interval, number, seconds
+    from ftpipe.report.sections.study import findings
+
+    study, costs = artifact.json("study.json"), artifact.manifest["notes"]["costs"]
+    for suite, metric in dict.fromkeys((m["suite"], m["metric"]) for m in study["means"]):
+        found = {(c["a"], c["b"]): c for c in study["comparisons"] if (c["suite"], c["metric"]) == (suite, metric)}
+        digits = digits_for(*((c["high"] - c["low"]) / 2 for c in found.values()))
+        table = Table(box=None, pad_edge=False, header_style="dim", title=f"{suite} ({metric})", title_justify="left")
+        for i, column in enumerate(["arm", "mean", "tokens", "training", *(f"better than {b} by" for b in ("base", *study["against"]))]):
+            table.add_column(column, justify="right" if i else "left")
+        for m in (m for m in study["means"] if (m["suite"], m["metric"]) == (suite, metric)):
+            arm = m["arm"]
+            told, cost = study["arms"].get(arm, {}), costs.get(arm, {})
+            cells = [f"{number(c['difference'], digits, sign=True)} ({interval(c['low'], c['high'], digits, sign=True)})" if (c := found.get((arm, b))) else ""
+                     for b in ("base", *study["against"])]
+            table.add_row(arm, number(m["mean"], digits), count(told["tokens"][0]) if told.get("tokens") else "",
+                          seconds(cost["seconds"]) if cost.get("seconds") else "", *cells)
+        console.print()
+        console.print(table)
+    console.print()
+    for line in findings(study):
+        console.print(line)
 
 
 def _next(console, run) -> None:

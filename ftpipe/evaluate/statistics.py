@@ -76,6 +76,79 @@ def compare(a: Sequence[float], b: Sequence[float], weights: Sequence[float] | N
                       p_value=mcnemar(a, b) if binary else None)
 
 
+@dataclass(frozen=True)
+class ArmComparison:
+    """Arm a against arm b, each trained with the same `seeds` seeds and scored on the same `n` items.
+
+    mean_a, mean_b: weighted means over items and seeds. difference, low, high: `a - b`, turned so that more is better for a. by_seed: that
+    difference for each seed. error: its standard error, with the share of its square that comes from the seeds.
+    """
+
+    n: int
+    seeds: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float
+    high: float
+    by_seed: list[float]
+    error: float
+    share_of_seeds: float
+    higher_is_better: bool
+
+    @property
+    def better(self) -> bool:
+        """Whether a is better than b beyond the interval."""
+        return self.low > 0
+
+    @property
+    def worse(self) -> bool:
+        return self.high < 0
+
+
+def compare_arms(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], weights: Sequence[float] | None = None, *, higher_is_better: bool,
+                 confidence: float = 0.95) -> ArmComparison:
+    """Compare two ways of training, each run with several seeds: would the first be better with *other* seeds and *other* items too?
+
+    Items and seeds are two crossed samples. The standard error joins both: that of the ratio of sums over items, of the differences averaged over
+    seeds (as in `minimum_detectable`), and that of the mean over seeds of each seed's difference; what items and seeds do together is in both, so
+    the interval is a little too wide rather than too narrow. Student's t with Welch and Satterthwaite's degrees of freedom. With one seed
+    only the items count, and the interval says nothing of another seed.
+
+    Args:
+        a, b: scores, shape (seeds, n). The s-th rows belong together (same seed, so same order and initialisation).
+        weights: weight of each item, shape (n,).
+
+    Raises:
+        ValueError: for shapes that differ, fewer than two items, or numbers that are not finite.
+    """
+    import numpy as np
+    from scipy.stats import t
+
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    w = np.ones(a.shape[-1]) if weights is None else np.asarray(weights, np.float64)
+    if a.shape != b.shape or a.ndim != 2 or w.shape != a.shape[1:] or not len(a):
+        raise ValueError(f"scores must have the shape (seeds, items) and weights (items,), got {a.shape}, {b.shape} and {w.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(w).all()) or (w < 0).any() or (w > 0).sum() < 2:
+        raise ValueError("scores and weights must be finite, and two items or more must have weight")
+    d = (a - b) if higher_is_better else (b - a)
+    by_seed = (d * w).sum(1) / w.sum()
+    mean, used = d.mean(0), w > 0
+    n, seeds = int(used.sum()), len(d)
+    residual = w * (mean - by_seed.mean())
+    of_items = (residual[used] ** 2).sum() * n / (n - 1) / w.sum() ** 2
+    of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
+    total = of_items + of_seeds
+    half = 0.0
+    if total > 0:
+        freedom = total**2 / (of_items**2 / (n - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0))
+        half = float(t.ppf((1 + confidence) / 2, freedom) * total**0.5)
+    difference = float(by_seed.mean())
+    return ArmComparison(n=n, seeds=seeds, mean_a=weighted_mean(a.mean(0), w), mean_b=weighted_mean(b.mean(0), w), difference=difference,
+                         low=difference - half, high=difference + half, by_seed=[float(x) for x in by_seed], error=float(total**0.5),
+                         share_of_seeds=float(of_seeds / total) if total else 0.0, higher_is_better=higher_is_better)
+
+
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
     """`sum(w x) / sum(w)`; exactly 0 for all-zero values."""
     return float((values * weights).sum() / weights.sum())

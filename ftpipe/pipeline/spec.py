@@ -130,6 +130,11 @@ def load(path: str | Path, *, overrides: dict[str, Any] | None = None) -> Pipeli
     return build(data, base=path.parent, source=path, lines=lines)
 
 
+def read(path: str | Path) -> dict[str, Any]:
+    """What a pipeline file holds, with what it extends, as plain data. Raises ConfigError if it cannot be read."""
+    return _read(Path(path), ())[0]
+
+
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Path_, str]]:
     """A file's data merged over the one it extends, and the place ("file:line") of each key and item."""
     if path.resolve() in children:

@@ -20,20 +20,25 @@ class RunData:
 
     Args:
         inputs: the artifacts to start from, by stage name.
-        roles: which of them is the `evaluation`, `verdict`, `registration` and `adapter`; those left out are looked for.
+        roles: which of them is the `evaluation`, `verdict`, `registration` and `adapter`; those left out are looked for, unless the page is about studies
+            alone.
+        studies: stage names of the studies to show.
         controls: stage names of the trainings that the adapter is compared with.
         pipeline: name of the pipeline.
     """
 
-    def __init__(self, inputs: dict[str, Artifact], *, roles: dict[str, str | None], controls: Iterable[str] = (), pipeline: str = ""):
+    def __init__(self, inputs: dict[str, Artifact], *, roles: dict[str, str | None], controls: Iterable[str] = (), studies: Iterable[str] = (),
+                 pipeline: str = ""):
         self.pipeline = pipeline
         self.missing: list[str] = []
         self.artifacts = list(self._walk(inputs.values()))
         self._named = {a.name: a for a in self.artifacts} | dict(inputs)
+        self.studies = [self._named[name] for name in studies]
+        self._look = any(roles.values()) or not self.studies
         self.evaluation = self._role(roles.get("evaluation"), "comparisons.json", "items.parquet")
         self.verdict = self._role(roles.get("verdict"), "verdict.json")
         self.registration = self._role(roles.get("registration"), "registration.json")
-        self.trainings = [a for a in self.artifacts if a.has("metrics.parquet") or a.has("train.json")]
+        self.trainings = [a for a in self.artifacts if self._look and (a.has("metrics.parquet") or a.has("train.json"))]
         self.adapter = self._adapter(roles.get("adapter"))
         self.controls = self._controls(controls)
 
@@ -86,7 +91,7 @@ class RunData:
     def _role(self, name: str | None, *files: str) -> Artifact | None:
         if name:
             return self._named[name]
-        return next((a for a in reversed(self.artifacts) if any(a.has(f) for f in files)), None)
+        return next((a for a in reversed(self.artifacts) if any(a.has(f) for f in files)), None) if self._look else None
 
     def _adapter(self, name: str | None) -> Artifact | None:
         if name:

@@ -7,11 +7,12 @@ from typing import Any
 
 from ftpipe import __version__
 from ftpipe.report.collect import RunData
-from ftpipe.report.sections import audit, comparison, examples, headline, lineage, rows, scores, training
+from ftpipe.report.sections import audit, comparison, examples, headline, lineage, rows, scores, study, training
 from ftpipe.report.text import breakable, brief, whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
+    ("study", "Study", "Side by side", study.build),
     ("comparison", "Comparison", "Is it better?", comparison.build),
     ("funnel", "Rows", "What became of the rows", rows.build),
     ("scores", "Scores", "How the rows scored", scores.build),

@@ -197,10 +197,25 @@ def _refs(model: BaseModel) -> Iterator[str]:
         if value is None:
             continue
         if any(isinstance(m, RefMarker) for m in info.metadata) or _marks(info.annotation):
-            yield from ([value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value)
+            yield from _named(value)
         else:
             for child in _nested(value, BaseModel):
                 yield from _refs(child)
+
+
+def _named(value: Any) -> Iterator[str]:
+    """The names in a field that holds references: one, or lists and dicts of them."""
+    if isinstance(value, str):
+        yield value
+    else:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _named(item)
+
+
+def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return rename(value)
+    return {k: _renamed(v, rename) for k, v in value.items()} if isinstance(value, dict) else [_renamed(v, rename) for v in value]
 
 
 def _marks(annotation: Any) -> bool:
@@ -221,7 +236,7 @@ def _rename(value: Any, rename: Callable[[str], str]) -> Any:
         for name, info in type(value).model_fields.items():
             old = getattr(value, name)
             if old is not None and (any(isinstance(m, RefMarker) for m in info.metadata) or _marks(info.annotation)):
-                new = rename(old) if isinstance(old, str) else {k: rename(v) for k, v in old.items()} if isinstance(old, dict) else [rename(v) for v in old]
+                new = _renamed(old, rename)
             else:
                 new = _rename(old, rename)
             if new != old:

@@ -26,6 +26,7 @@ class Report(Stage):
     registration: Ref | None = Field(default=None, description="Register stage.")
     adapter: Ref | None = Field(default=None, description="Training stage of the candidate.")
     controls: list[Ref] = Field(default=[], description="Training stages that the candidate is compared with.")
+    studies: list[Ref] = Field(default=[], description="Study stages to show: methods side by side.")
     title: str | None = Field(default=None, max_length=200, description="Line above the heading; the pipeline's name by default.")
 
     def externals(self, env: Environment) -> dict[str, Any]:
@@ -35,8 +36,8 @@ class Report(Stage):
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         if not self.refs():
-            raise ConfigError("the report is about nothing", remedy="name at least one of evaluation, verdict, registration and adapter")
-        makes = {"evaluation": "evaluation", "verdict": "verdict", "registration": "version", "adapter": "adapter", "controls": "adapter"}
+            raise ConfigError("the report is about nothing", remedy="name at least one of evaluation, verdict, registration, adapter and studies")
+        makes = {"evaluation": "evaluation", "verdict": "verdict", "registration": "version", "adapter": "adapter", "controls": "adapter", "studies": "study"}
         for field, wanted in makes.items():
             named = getattr(self, field)
             for name in named if isinstance(named, list) else [named] if named else []:
@@ -50,7 +51,7 @@ class Report(Stage):
         from ftpipe.report.page import render
 
         roles = {name: getattr(self, name) for name in ("evaluation", "verdict", "registration", "adapter")}
-        run = RunData(ctx.inputs, roles=roles, controls=self.controls, pipeline=ctx.env.pipeline)
+        run = RunData(ctx.inputs, roles=roles, controls=self.controls, studies=self.studies, pipeline=ctx.env.pipeline)
         text = render(run, self.title)
         (ctx.out / PAGE).write_text(text, encoding="utf-8")
         for name in run.missing:

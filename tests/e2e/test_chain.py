@@ -92,6 +92,20 @@ def test_training_that_learns_nothing_is_refused(copy: Path) -> None:
     assert [int(v["version"]) for v in listed] == [1]
 
 
+def test_a_selection_is_proved_against_chance(copy: Path) -> None:
+    """With the seed of the pipeline, the trainings of the selection and of the random rows are those that are there already."""
+    done = ftpipe(copy, "prove", "pipeline.yaml", "curated", "--seeds", "1", "--no-prefect")
+    assert "curated against length_matched on heldout_loss" in done.stdout
+    now = states(copy)
+    assert [n for n, s in now.items() if s == "built" and n.startswith("prove")] == [
+        "prove_length_matched_rows_3/length_matched_random", "prove_length_matched_3", "prove_evaluation", "prove_study", "prove_report"]
+    assert now["prove_curated_3"] == now["prove_random_3"] == "reused" and "register" not in now
+    study = json.loads(next((copy / ".ftpipe" / "store").glob("study-*/study.json")).read_text())
+    tokens = {arm: told["tokens"][0] for arm, told in study["arms"].items()}
+    assert max(tokens.values()) <= 1.1 * min(tokens.values()), tokens
+    assert "Side by side" in max((copy / ".ftpipe" / "store").glob("report-*/report.html"), key=lambda p: p.stat().st_mtime_ns).read_text()
+
+
 def test_killed_in_each_stage_same_bytes_in_the_end(finished: Path, tmp_path: Path) -> None:
     """One run that is killed in every stage of the chain, in training twice, each time after a random while, and started again."""
     broken = make_broken(finished, tmp_path)

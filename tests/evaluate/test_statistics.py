@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ftpipe.evaluate.statistics import compare, interval, mcnemar, minimum_detectable
+from ftpipe.evaluate.statistics import compare, compare_arms, interval, mcnemar, minimum_detectable
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])
@@ -116,3 +116,48 @@ def test_minimum_detectable_effect_is_found_with_the_stated_power():
 def test_what_cannot_be_compared_is_refused(a, b, w, said):
     with pytest.raises(ValueError, match=said):
         compare(a, b, w, higher_is_better=True)
+
+
+def crossed(rng, *, seeds: int, items: int, seed_noise: float, item_noise: float, difference: float = 0.0):
+    """Scores of two arms: items differ in difficulty and in how they take to the first arm, each training has luck of its own."""
+    difficulty = rng.normal(0, 1, items)
+    taste = rng.normal(difference, item_noise, items)
+    luck = rng.normal(0, seed_noise, (2, seeds, 1))
+    noise = rng.normal(0, 0.1, (2, seeds, items))
+    return difficulty + taste + luck[0] + noise[0], difficulty + luck[1] + noise[1]
+
+
+@pytest.mark.parametrize("seed_noise, item_noise", [(0.0, 0.3), (0.1, 0.3), (0.3, 0.1)])
+def test_intervals_over_arms_hold_for_other_seeds_and_items(seed_noise, item_noise):
+    rng = np.random.default_rng(3)
+    hits, blind = 0, 0
+    for _ in range(500):
+        a, b = crossed(rng, seeds=3, items=80, seed_noise=seed_noise, item_noise=item_noise)
+        found = compare_arms(a, b, higher_is_better=True)
+        hits += found.low <= 0 <= found.high
+        one = compare_arms(a[:1], b[:1], higher_is_better=True)
+        blind += one.low <= 0 <= one.high
+    assert hits / 500 >= 0.93  # nominal 0.95; binomial standard error 0.01
+    if seed_noise >= item_noise:
+        assert blind / 500 < 0.4, "items alone cannot tell luck from gain"
+        assert found.share_of_seeds > 0.5
+
+
+def test_arms_are_compared_seed_by_seed_and_item_by_item():
+    rng = np.random.default_rng(4)
+    a, b = crossed(rng, seeds=3, items=50, seed_noise=0.01, item_noise=0.1, difference=0.5)
+    w = rng.integers(1, 9, 50)
+    found = compare_arms(a, b, w, higher_is_better=True)
+    assert found.better and not found.worse and found.seeds == 3 and found.n == 50
+    assert found.by_seed == pytest.approx([float(((x - y) * w).sum() / w.sum()) for x, y in zip(a, b)])
+    turned = compare_arms(b, a, w, higher_is_better=True)
+    assert (turned.difference, turned.low, turned.high) == pytest.approx((-found.difference, -found.high, -found.low)) and turned.worse
+    assert compare_arms(a, b, w, higher_is_better=False).difference == pytest.approx(-found.difference)
+    same = compare_arms(a, a, w, higher_is_better=True)
+    assert (same.difference, same.low, same.high) == (0, 0, 0) and not same.better
+
+
+@pytest.mark.parametrize("a, b, said", [([[1, 2]], [[1, 2], [1, 2]], "shape"), ([[1]], [[2]], "two items"), ([[1, math.inf]], [[2, 1]], "finite")])
+def test_arms_that_cannot_be_compared_are_refused(a, b, said):
+    with pytest.raises(ValueError, match=said):
+        compare_arms(a, b, higher_is_better=True)

@@ -9,6 +9,7 @@ from ftpipe.artifacts import Artifact
 from ftpipe.report.collect import RunData, base_model, params, seconds
 from ftpipe.report.numbers import count, interval, number, percent, setting
 from ftpipe.report.numbers import seconds as duration
+from ftpipe.report.sections.study import findings
 from ftpipe.report.sections.training import totals
 from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 
@@ -16,7 +17,8 @@ from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 def build(run: RunData) -> dict[str, Any]:
     found = run.summary
     lead = found["primary"]
-    return {"state": _state(found), "title": _title(run), "lead": _lead(lead["row"], lead["comparison"]) if lead else [], "further": _further(run),
+    said = _lead(lead["row"], lead["comparison"]) if lead else [f for s in run.studies for f in findings(s.json("study.json"))]
+    return {"state": _state(found), "title": _title(run), "lead": said, "further": _further(run),
             "tiles": _tiles(run), "facts": _facts(run)}
 
 
@@ -40,6 +42,8 @@ def _title(run: RunData) -> str:
         return "The adapter passed the gate"
     if found["rows"]:
         return "An adapter, measured"
+    if run.studies:
+        return " · ".join(" / ".join(s.json("study.json")["arms"]) for s in run.studies)
     return "A run, and what became of its rows"
 
 

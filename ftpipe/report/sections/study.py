@@ -1,0 +1,121 @@
+"""Ways of training side by side: what each gained, what it forgot, and what it cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftpipe.artifacts import Artifact
+from ftpipe.report.collect import RunData
+from ftpipe.report.numbers import NONE, count, digits_for, interval, number, percent, seconds, size
+from ftpipe.report.plots.forest import forest
+from ftpipe.report.plots.pareto import pareto
+from ftpipe.report.summary import in_words, unit
+from ftpipe.report.text import brief
+
+COLOURS = tuple(f"c{i}" for i in range(8))
+BASE = "base"
+COSTS = (("seconds", "training time", seconds), ("memory_bytes", "peak memory", size), ("file_bytes", "size of the adapter", size))
+
+
+def build(run: RunData) -> dict[str, Any] | None:
+    studies = [_study(a, f"study{i}") for i, a in enumerate(run.studies)]
+    return {"studies": studies} if studies else None
+
+
+def findings(study: dict[str, Any]) -> list[str]:
+    """Each arm against those that all are compared with, on the first suite that does not measure forgetting, in sentences."""
+    lead = next(((m["suite"], m["metric"]) for m in study["means"] if m["suite"] not in study["forgetting"]), None)
+    said = []
+    for c in study["comparisons"]:
+        if (c["suite"], c["metric"]) != lead or c["b"] == BASE or c["a"] in study["against"]:
+            continue
+        digits = _digits(c)
+        numbers = f"{number(c['difference'], digits, sign=True)}, {interval(c['low'], c['high'], digits, sign=True)}"
+        said.append(f"{c['a']} against {c['b']} on {c['suite']}: {in_words(c)} ({numbers}).")
+    return said
+
+
+def _study(artifact: Artifact, name: str) -> dict[str, Any]:
+    study, costs = artifact.json("study.json"), artifact.manifest["notes"].get("costs", {})
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(study["arms"])}
+    suites = list(dict.fromkeys((m["suite"], m["metric"]) for m in study["means"]))
+    return {"name": artifact.name, "seeds": study["seeds"], "legend": [{"name": a, "colour": c} for a, c in colours.items()],
+            "suites": [_suite(study, *key, f"{name}-{i}") for i, key in enumerate(suites)],
+            "costs": _costs(study, costs), "plots": _plots(study, costs, colours, name)}
+
+
+def _suite(study: dict[str, Any], suite: str, metric: str, name: str) -> dict[str, Any]:
+    means = [m for m in study["means"] if (m["suite"], m["metric"]) == (suite, metric)]
+    compared = [c for c in study["comparisons"] if (c["suite"], c["metric"]) == (suite, metric)]
+    digits = digits_for(*((c["high"] - c["low"]) / 2 for c in compared))
+    against = {(c["a"], c["b"]): c for c in compared}
+    lines = []
+    for m in means:
+        each = ", ".join(number(v, digits) for v in m["by_seed"]) if m["arm"] != BASE else ""
+        lines.append({"arm": m["arm"], "mean": number(m["mean"], digits), "by_seed": each,
+                      "against": [_cell(against.get((m["arm"], b)), digits) for b in (BASE, *study["against"])]})
+    entries = [{"label": brief(f"{c['a']} against {c['b']}", 44), "difference": c["difference"], "low": c["low"], "high": c["high"],
+                "colour": {"better": "good", "worse": "bad"}.get(in_words(c), "muted")} for c in compared]
+    first = compared[0]
+    return {"suite": suite, "metric": metric, "unit": unit(metric), "n": count(first["n"]), "forgetting": suite in study["forgetting"], "lines": lines,
+            "others": [BASE, *study["against"]], "direction": "higher is better" if first["higher_is_better"] else "lower is better",
+            "confidence": percent(first["confidence"], 0), "seeds_share": percent(max(c["share_of_seeds"] for c in compared), 0) if study["seeds"] > 1 else "",
+            "forest": forest(entries, name, f"Differences in {metric} on {suite}", f"better by ({unit(metric) or metric})")}
+
+
+def _cell(c: dict[str, Any] | None, digits: int) -> dict[str, str]:
+    if c is None:
+        return {"value": "", "interval": "", "tone": "none"}
+    return {"value": number(c["difference"], digits, sign=True), "interval": interval(c["low"], c["high"], digits, sign=True),
+            "tone": {"better": "good", "worse": "bad"}.get(in_words(c), "none")}
+
+
+def _costs(study: dict[str, Any], costs: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each arm: what it trained on and what that took."""
+    found = []
+    for arm, told in study["arms"].items():
+        cost = costs.get(arm, {})
+        chosen = cost.get("selection") or {}
+        spent = chosen.get("scored_tokens", 0) + chosen.get("trained_tokens", 0)
+        found.append({"arm": arm, "values": [*(_range(told[name]) for name in ("rows", "tokens", "steps", "trainable")), seconds(cost.get("seconds")),
+                                             size(cost.get("memory_bytes")), size(cost.get("file_bytes")),
+                                             f"{seconds(chosen['seconds'])}, {count(spent)} tokens" if chosen.get("seconds") else NONE]})
+    return found
+
+
+def _range(values: list[int]) -> str:
+    if not values:
+        return NONE
+    return count(values[0]) if min(values) == max(values) else f"{count(min(values))} to {count(max(values))}"
+
+
+def _plots(study: dict[str, Any], costs: dict[str, Any], colours: dict[str, str], name: str) -> list[dict[str, Any]]:
+    """The gain over the base on the first suite against forgetting and each cost that is known of every arm."""
+    gains = _gains(study, forgetting=False)
+    if not gains:
+        return []
+    measure = next(iter(gains.values()))
+    y = f"{measure['suite']}, better than the base by"
+    lost = _gains(study, forgetting=True)
+    found = []
+
+    def add(title: str, x: dict[str, float | None], write: Any, label: str) -> None:
+        if len(x) > 1 and all(v is not None for v in x.values()):
+            points = [{"label": arm, "colour": colours[arm], "x": x[arm], "y": c["difference"], "low": c["low"], "high": c["high"]} for arm, c in gains.items()]
+            found.append({"title": title, "svg": pareto(points, f"{name}-pareto{len(found)}", f"{title} of each arm", label, y, write)})
+
+    if lost:
+        add("Gain against forgetting", {arm: max(0.0, -lost[arm]["difference"]) for arm in gains}, number, "forgotten (loss on general text)")
+    for field, label, write in COSTS:
+        add(f"Gain against {label}", {arm: costs.get(arm, {}).get(field) for arm in gains}, write, label)
+    return found
+
+
+def _gains(study: dict[str, Any], *, forgetting: bool) -> dict[str, dict[str, Any]]:
+    """Comparison with the base by arm, on the first suite that measures forgetting, or that does not."""
+    suite = next(((m["suite"], m["metric"]) for m in study["means"] if (m["suite"] in study["forgetting"]) == forgetting), None)
+    return {c["a"]: c for c in study["comparisons"] if (c["suite"], c["metric"]) == suite and c["b"] == BASE}
+
+
+def _digits(c: dict[str, Any]) -> int:
+    return digits_for((c["high"] - c["low"]) / 2)

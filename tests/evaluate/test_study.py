@@ -1,0 +1,131 @@
+"""What a study makes of an evaluation: planted scores come back as means, differences and costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ftpipe.artifacts import Artifact
+from ftpipe.errors import ArtifactError, ConfigError
+from ftpipe.evaluate.compare import items_schema
+from ftpipe.evaluate.study import costs, results
+from ftpipe.registry.ledger import adapter_content
+from ftpipe.report.collect import RunData
+from ftpipe.report.page import render
+from ftpipe.report.plots.pareto import frontier
+from ftpipe.stages.study import Study
+from tests.report.fake_artifacts import FakeRun
+
+GAIN = {"base": 0.0, "chosen": 0.5, "random": 0.3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> FakeRun:
+    """Two arms of three seeds, an evaluation of 60 items under two suites, and what choosing the rows of one arm took."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = FakeRun(tmp_path_factory.mktemp("study"))
+    run.add("pool", "curate_step", [], lambda out: (out / "a").write_text("p") and None, seconds=100.0, notes={"scoring": [{"tokens": 1}]})
+    run.add("reference", "train", ["pool"], lambda out: (out / "a").write_text("r") and {"tokens": 4000}, seconds=30.0)
+    run.add("selected", "curate_step", ["pool", "reference"], lambda out: (out / "a").write_text("s") and None, seconds=12.0,
+            notes={"scoring": [{"tokens": 5000}, {"tokens": 600}]})
+
+    def trained(name: str, seconds: float) -> None:
+        def write(out: Path) -> None:
+            (out / "adapter").mkdir()
+            (out / "adapter" / "adapter_model.safetensors").write_text(name * 100)
+            (out / "train.json").write_text(json.dumps({"rows": 7, "steps": 3, "tokens": 900, "trained_tokens": 500, "trainable": 1234}))
+
+        run.add(name, "train", ["selected" if name.startswith("chosen") else "pool"], write, seconds=seconds,
+                notes={"memory_bytes": 10**9, "tokens_per_second": 300})
+
+    for seed in (1, 2, 3):
+        trained(f"chosen_{seed}", 60.0 + seed)
+        trained(f"random_{seed}", 50.0 + seed)
+    rng = np.random.default_rng(0)
+    hard = {"heldout_loss": rng.normal(3, 1, 60), "general_text": rng.normal(4, 1, 60)}
+    systems = {"base": ("base", 0.0)} | {f"{arm}_{s}": (arm, 0.01 * s) for arm in ("chosen", "random") for s in (1, 2, 3)}
+    rows = []
+    for system, (arm, luck) in systems.items():
+        for suite, difficulty in hard.items():
+            gain = GAIN[arm] + luck if suite == "heldout_loss" else -0.1 * GAIN[arm]
+            rows += [(system, suite, "loss", f"i{i}", "s", float(d - gain + rng.normal(0, 0.02)), 1.0 + i % 4, False) for i, d in enumerate(difficulty)]
+
+    def write(out: Path) -> None:
+        pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(zip(*rows), items_schema())], schema=items_schema()), out / "items.parquet")
+        made = {n: {"adapter": adapter_content(run.artifacts[n])} for n in systems if n != "base"}
+        (out / "evaluation.json").write_text(json.dumps({"systems": made | {"base": {"adapter": None}}, "forgetting": ["general_text"]}))
+
+    run.add("asked", "evaluate", [n for n in systems if n != "base"], write)
+    return run
+
+
+def arms_of(run: FakeRun) -> dict[str, list[Artifact]]:
+    return {arm: [run.artifacts[f"{arm}_{s}"] for s in (1, 2, 3)] for arm in ("chosen", "random")}
+
+
+def test_planted_gains_come_back_with_their_intervals(run):
+    found = results(run.artifacts["asked"], arms_of(run), ["random"], 0.95)
+    by = {(c["suite"], c["a"], c["b"]): c for c in found["comparisons"]}
+    assert set(by) == {(s, a, b) for s in ("heldout_loss", "general_text") for a, b in (("chosen", "base"), ("chosen", "random"), ("random", "base"))}
+    c = by["heldout_loss", "chosen", "random"]
+    assert c["difference"] == pytest.approx(0.2, abs=0.01) and c["better"] and not c["higher_is_better"] and c["seeds"] == 3 and c["n"] == 60
+    assert by["heldout_loss", "chosen", "base"]["difference"] == pytest.approx(0.52, abs=0.01)
+    assert by["general_text", "chosen", "base"]["worse"] and found["forgetting"] == ["general_text"]
+    means = {(m["suite"], m["arm"]): m for m in found["means"]}
+    assert means["heldout_loss", "base"]["mean"] - means["heldout_loss", "chosen"]["mean"] == pytest.approx(0.52, abs=0.01)
+    assert len(set(means["heldout_loss", "chosen"]["by_seed"])) == 3
+    assert found["arms"]["chosen"]["tokens"] == [900] * 3
+
+
+def test_what_choosing_cost_leaves_out_what_all_share(run):
+    found = costs(arms_of(run), {"chosen": run.artifacts["selected"]}, run.artifacts["pool"])
+    assert found["chosen"]["selection"] == {"seconds": 42.0, "scored_tokens": 5600, "trained_tokens": 4000}
+    assert found["random"]["selection"]["seconds"] == 0
+    assert (found["chosen"]["seconds"], found["random"]["seconds"], found["chosen"]["memory_bytes"]) == (62.0, 52.0, 10**9)
+    assert found["chosen"]["file_bytes"] == len("chosen_1") * 100
+
+
+def test_an_adapter_that_was_not_evaluated_is_an_error(run):
+    def write(out: Path) -> None:
+        (out / "adapter").mkdir()
+        (out / "adapter" / "adapter_model.safetensors").write_text("never asked")
+
+    with pytest.raises(ArtifactError, match="does not hold the adapter of stray"):
+        results(run.artifacts["asked"], {"a": [run.add("stray", "train", [], write)]}, [], 0.95)
+
+
+def test_the_page_shows_every_arm_and_its_cost(run):
+    def write(out: Path) -> None:
+        (out / "study.json").write_text(json.dumps(results(run.artifacts["asked"], arms_of(run), ["random"], 0.95)))
+
+    spent = costs(arms_of(run), {"chosen": run.artifacts["selected"]}, run.artifacts["pool"])
+    study = run.add("study", "study", ["asked"], write, notes={"costs": spent})
+    page = render(RunData({"study": study}, roles={}, studies=["study"]), "proof")
+    assert "chosen against random on heldout_loss: better" in page and "5,600" not in page and "9,600 tokens" in page
+    assert page.count("<svg") >= 8 and "Gain against forgetting" in page and "by more than chance" not in page
+
+
+def test_the_frontier_is_what_nothing_beats_both_ways():
+    points = [{"x": x, "y": y} for x, y in ((1, 1), (2, 3), (3, 2), (4, 4), (1, 0.5), (4, 3))]
+    assert [(p["x"], p["y"]) for p in frontier(points)] == [(1, 1), (2, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("fields, said", [({"arms": {"a": ["x"], "b": ["x", "y"]}}, "same number"), ({"arms": {"base": ["x"]}}, "cannot be called")])
+def test_arms_must_be_even(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Study(evaluation="e", **fields)
+
+
+def test_names_are_checked_before_anything_runs():
+    class Asked:
+        candidate, controls = "x", {}
+
+    with pytest.raises(ConfigError, match="does not evaluate y"):
+        Study(evaluation="e", arms={"a": ["x"], "b": ["y"]}).check(None, {"e": Asked()})
+    with pytest.raises(ConfigError, match="is no arm"):
+        Study(evaluation="e", arms={"a": ["x"]}, against=["c"]).check(None, {"e": Asked()})

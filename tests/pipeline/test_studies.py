@@ -1,0 +1,80 @@
+"""Experiments as pipelines: what `prove` and `compare` write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftpipe.cli.compare import parsed
+from ftpipe.errors import ConfigError
+from ftpipe.pipeline import spec, studies
+from tests.e2e.chain import make_project
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_project(tmp_path_factory.mktemp("study")) / "pipeline.yaml"
+
+
+def test_a_proof_differs_between_arms_in_the_rows_alone(config):
+    data = studies.prove(config, ["curated"], seeds=3, everything=True)
+    out = config.with_name("proof.yaml")
+    assert studies.write(data, out, config, what="proof", command="ftpipe prove") == "prove_report"
+    assert "ftpipe run" in out.read_text() and not list(out.parent.glob(".*.new"))
+    pipeline = spec.load(out)
+    arms = pipeline.stages["prove_study"].arms
+    assert list(arms) == ["curated", "random", "length_matched", "everything"] and {len(a) for a in arms.values()} == {3}
+    for trained in zip(*arms.values()):  # one seed
+        settings = [pipeline.stages[t].key_fields() for t in trained]
+        assert len({str({k: v for k, v in s.items() if k != "rows"}) for s in settings}) == 1
+        assert settings[0]["learning_rate"] == 3e-2 and settings[0]["epochs"] == 2
+    seeds = [[pipeline.stages[t].seed for t in a] for a in arms.values()]
+    assert seeds == [[3, 4, 5]] * 4  # the pipeline's seed first
+    rows = {arm: [pipeline.stages[t].rows for t in made] for arm, made in arms.items()}
+    assert rows["curated"][0] == "curated/sensitivity_sampling" and rows["everything"] == ["pool/decontaminate"] * 3
+    assert len(set(rows["curated"])) == 3, "a step that draws draws anew for each seed"
+    for arm, method in studies.CONTROLS.items():
+        steps = [pipeline.stages[r] for r in rows[arm]]
+        assert [s.step.name() for s in steps] == [method] * 3 and [s.seed for s in steps] == [3, 4, 5] and {s.rows for s in steps} == {"pool/decontaminate"}
+        assert [s.step.budget.like for s in steps] == rows["curated"], "each control gets the tokens of the selection with its seed"
+    ask = pipeline.stages["prove_evaluation"]
+    assert {ask.candidate, *ask.controls.values()} == {t for a in arms.values() for t in a} and not ask.champion and ask.rows == "audit"
+
+
+def test_what_draws_nothing_is_chosen_once(config):
+    data = yaml.safe_load(config.read_text())
+    data["stages"]["curated"]["steps"] = data["stages"]["curated"]["steps"][:1]
+    other = config.with_name("still.yaml")
+    other.write_text(yaml.safe_dump(data))
+    stages = studies.prove(other, ["curated"], seeds=2)["stages"]
+    assert [s["rows"] for n, s in stages.items() if n.startswith("prove_curated")] == ["curated", "curated"]
+
+
+def test_a_comparison_changes_what_the_arms_say(config):
+    arms = dict(map(parsed, ["lora=", "dft={objective: dft}", "small={adapt: {lora: {r: 2}}, learning_rate: 0.01}"]))
+    data = studies.compare(config, "adapter", arms, seeds=2)
+    out = config.with_name("comparison.yaml")
+    studies.write(data, out, config, what="comparison", command="ftpipe compare")
+    pipeline = spec.load(out)
+    assert pipeline.stages["compare_study"].against == ["lora"]
+    base, dft, small = (pipeline.stages[f"compare_{arm}_3"] for arm in ("lora", "dft", "small"))
+    assert base.key_fields() == pipeline.stages["adapter"].key_fields()
+    assert dft.objective.name() == "dft" and small.adapt.r == 2 and small.learning_rate == 0.01 and small.rows == base.rows
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda c: studies.prove(c, ["adapter"]), "no curate stage"),
+    (lambda c: studies.prove(c, ["pool"]), "train stages read pool"),
+    (lambda c: studies.prove(c, ["curated"], pool="pol"), "no stage 'pol'"),
+    (lambda c: studies.prove(c, ["curated"], evaluation="gate"), "no evaluate stage"),
+    (lambda c: studies.compare(c, "pool", {"a": {}}), "no train stage"),
+    (lambda c: studies.write(studies.compare(c, "adapter", {"a": {"adapt": "loraa"}}), c.with_name("x.yaml"), c, what="", command=""), "loraa"),
+    (lambda c: parsed("lora"), "is no arm"),
+    (lambda c: parsed("lora=[1]"), "is no arm"),
+])
+def test_what_is_wrong_is_said_before_anything_is_written(config, call, said):
+    with pytest.raises(ConfigError, match=said):
+        call(config)
+    assert not config.with_name("x.yaml").exists() and not list(config.parent.glob(".*.new"))
