@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-VERBS = ("init", "run", "plan", "stage", "serve", "prove", "compare", "status", "log", "why", "trace", "methods", "schema", "registry")
+VERBS = ("init", "run", "plan", "stage", "serve", "prove", "compare", "status", "log", "why", "trace", "which", "forget", "methods", "schema", "registry")
 """The verbs in the order in which `--help` lists them."""
 
 

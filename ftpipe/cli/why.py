@@ -9,10 +9,12 @@ import typer
 
 from ftpipe.cli._app import DEFAULT_WORKSPACE, Json, Workspace, app
 
+Row = Annotated[str, typer.Argument(help="Row id or its beginning (8 digits or more).", show_default=False)]
+
 
 @app.command()
 def why(
-    row: Annotated[str, typer.Argument(help="Row id or its beginning (8 digits or more).", show_default=False)],
+    row: Row,
     workspace: Workspace = DEFAULT_WORKSPACE,
     pipeline: Annotated[str | None, typer.Option(help="Only this pipeline.")] = None,
     as_json: Json = False,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ftpipe.canonical import digest
+from ftpipe.data.forgotten import forgotten
 from ftpipe.data.formats import FormatError, FormatName, check_fields, convert, plain
 from ftpipe.data.rows import HELDOUT, ROWS, TRAIN, content_id, rows_schema
 from ftpipe.errors import DataError
@@ -28,6 +30,7 @@ BATCH = 2000
 SHOWN = 5
 """Reasons that an error or the log names."""
 UNSEEN_TOOLS = "have `tools`, which are kept as meta and not shown to the model"
+FORGOTTEN = "forgotten: named by `ftpipe forget`"
 MARKED_BAD = "have `label: false`, an answer marked as bad, and are taken like the others"
 
 
@@ -80,14 +83,16 @@ class Ingest(Stage):
         self.externals(env)
 
     def externals(self, env: Environment) -> dict[str, Any]:
-        return {f"source {i}" if self.sources else "source": source.identity(env) for i, source in enumerate(self._sources(), start=1)}
+        gone = forgotten(env.workspace)
+        return {f"source {i}" if self.sources else "source": source.identity(env) for i, source in enumerate(self._sources(), start=1)} | (
+            {"forgotten": digest(gone)} if gone else {})
 
     def run(self, ctx: StageContext) -> None:
         staged = ctx.work / "staged.parquet"
         read = Reading(self)
         read.write(chain.from_iterable(s.records(ctx.env) for s in self._sources()), staged, ctx)
         read.judge()
-        split = _assign(staged, self.heldout, read, ctx)
+        split = _assign(staged, self.heldout, forgotten(ctx.env.workspace), read, ctx)
         self._report(ctx, read, split)
 
     def _report(self, ctx: StageContext, read: Reading, split: dict[str, Any]) -> None:
@@ -218,28 +223,31 @@ def _draw(seed: int, purpose: str, text: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}:{text}".encode()).digest()[:6], "big") / 2**48
 
 
-def _assign(staged: Path, rule: Heldout, read: Reading, ctx: StageContext) -> dict[str, Any]:
+def _assign(staged: Path, rule: Heldout, gone: list[str], read: Reading, ctx: StageContext) -> dict[str, Any]:
     """The second pass: row ids, sides and decisions from the whole set, then `rows.parquet` batch by batch in the order of reading."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     with connect(ctx.work) as con:
-        con.read_parquet(str(staged), file_row_number=True).create_view("staged")
+        con.register("gone", pa.table({"content_id": pa.array(gone, pa.string())}))
+        con.read_parquet(str(staged), file_row_number=True).create_view("read")
+        con.execute("create view staged as select *, content_id in (select content_id from gone) as forgotten from read")
         con.execute("""
             create view verdicts as
-            select file_row_number as position, content_id, "group", heldout,
+            select file_row_number as position, content_id, "group", heldout, forgotten,
                    row_number() over (partition by content_id order by file_row_number) as n,
-                   row_number() over (partition by heldout order by rank, content_id, file_row_number) as k from staged""")
-        verdicts = con.sql("select case when n = 1 then content_id else content_id || '~' || n end as row_id, heldout, k from verdicts order by position") \
-            .to_arrow_table()
+                   row_number() over (partition by heldout, forgotten order by rank, content_id, file_row_number) as k from staged""")
+        verdicts = con.sql("select case when n = 1 then content_id else content_id || '~' || n end as row_id, heldout, k, forgotten from verdicts "
+                           "order by position").to_arrow_table()
         drawn, split = _count(con, 2**62), _count(con, rule.limit or 2**62)
-        names = con.execute('select distinct "group" from staged where heldout order by 1 limit 200').fetchall()
+        names = con.execute('select distinct "group" from staged where heldout and not forgotten order by 1 limit 200').fetchall()
     _check_split(rule, drawn, read)
     split[HELDOUT] |= {"beyond_limit": drawn[HELDOUT]["rows"] - split[HELDOUT]["rows"],
                        "names": [name for name, in names] if rule.by == "group" and drawn[HELDOUT]["groups"] < read.good / 2 else []}
     beyond = pc.and_(verdicts["heldout"], pc.greater(verdicts["k"], rule.limit or 2**62))
-    keep = pc.invert(beyond)
+    reason = pc.if_else(verdicts["forgotten"], FORGOTTEN, pc.if_else(beyond, "held out beyond the limit", pa.scalar(None, pa.string())))
+    keep = pc.is_null(reason)
     with pq.ParquetFile(staged) as source, pq.ParquetWriter(ctx.out / ROWS, rows_schema(), compression="zstd") as out:
         at = 0
         for batch in source.iter_batches(batch_size=BATCH):
@@ -251,8 +259,7 @@ def _assign(staged: Path, rule: Heldout, read: Reading, ctx: StageContext) -> di
             out.write_table(table.filter(keep.slice(at, n)))
             at += n
     aside = pq.read_table(ctx.out / QUARANTINE, columns=["row_id", "reason"])
-    reasons = [pa.array(["held out beyond the limit" if b else None for b in beyond.to_pylist()], pa.string()),
-               pa.array([f"quarantined: {r}" for r in aside["reason"].to_pylist()], pa.string())]
+    reasons = [*reason.chunks, pa.array([f"quarantined: {r}" for r in aside["reason"].to_pylist()], pa.string())]
     ctx.decide(pa.table({
         "row_id": pa.chunked_array([*verdicts["row_id"].chunks, *aside["row_id"].chunks], pa.string()),
         "kept": pa.chunked_array([*keep.chunks, pa.array([False] * aside.num_rows, pa.bool_())]),
@@ -263,7 +270,7 @@ def _assign(staged: Path, rule: Heldout, read: Reading, ctx: StageContext) -> di
 
 def _count(con: duckdb.DuckDBPyConnection, limit: int) -> dict[str, Any]:
     """Rows and groups of each side, with at most `limit` held-out rows."""
-    query = """select count(*), count(distinct "group") from verdicts where heldout = $1 and (not heldout or k <= $2)"""
+    query = """select count(*), count(distinct "group") from verdicts where heldout = $1 and not forgotten and (not heldout or k <= $2)"""
     return {side: dict(zip(("rows", "groups"), con.execute(query, [side == HELDOUT, limit]).fetchall()[0])) for side in (TRAIN, HELDOUT)}
 
 

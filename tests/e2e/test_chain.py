@@ -56,6 +56,25 @@ def test_rows_are_accounted_for_from_source_to_adapter(finished: Path) -> None:
     assert ingest["rows_in"] == 94 and sum(n for k, n in ingest.items() if k.startswith("dropped")) >= 1  # the line that was cut in half
 
 
+def test_a_forgotten_row_and_its_copies_are_never_used_again(copy: Path) -> None:
+    row = json.loads(ftpipe(copy, "trace", "adapter", "--json").stdout)["rows"][0]["row_id"]
+    seen = json.loads(ftpipe(copy, "which", row[:12], "--json").stdout)
+    adapter = next(a for a in seen if a["stage"] == "adapter")
+    assert adapter["times"] >= 2 and adapter["versions"] == ["chain:1 @champion"]  # two epochs
+    told = json.loads(ftpipe(copy, "forget", row[:12], "--reason", "asked to", "--json").stdout)
+    assert told["forgotten"] == told["new"] and [a["key"] for a in told["adapters"]] == [a["key"] for a in seen]
+    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--to", "curated")
+    listed = [json.loads(line) for line in (copy / ".ftpipe" / "forgotten.jsonl").read_text().splitlines()]
+    assert [(e["content_id"], e["reason"]) for e in listed] == [(told["new"][0], "asked to")]
+    manifest = json.loads(max((copy / ".ftpipe" / "store").glob("ingest-*/manifest.json"), key=lambda p: p.stat().st_mtime_ns).read_text())
+    assert manifest["counts"]["dropped: forgotten: named by `ftpipe forget`"] >= 1
+    last = json.loads((copy / ".ftpipe" / "last" / "chain" / "curated__sensitivity_sampling.json").read_text())
+    import pyarrow.parquet as pq
+
+    kept = pq.read_table(copy / ".ftpipe" / "store" / f"{last['kind']}-{last['key'][:16]}" / "kept.parquet")["row_id"].to_pylist()
+    assert kept and row not in kept
+
+
 def test_second_run_runs_nothing_and_loads_nothing_heavy(copy: Path) -> None:
     began = time.monotonic()
     ftpipe(copy, "run", "pipeline.yaml", "--no-prefect")

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ftpipe.artifacts import DECISIONS
+from ftpipe.data.forgotten import forget
 from ftpipe.data.rows import ROWS, RowSet, rows_schema
 from ftpipe.errors import ConfigError, DataError, FtpipeError
 from ftpipe.pipeline import runner, spec
@@ -231,6 +232,26 @@ def test_a_large_source_is_never_held_in_memory(tmp_path, ingest):
         tracemalloc.stop()
     assert artifact.counts["rows_kept"] == 25_000
     assert peak < 25e6  # a batch of 2,000 rows is 4 MB of text
+
+
+def test_forgotten_rows_are_left_out_wherever_they_stand(tmp_path, ingest):
+    put(tmp_path, "d.jsonl", [*grouped(20), {"prompt": "secret", "completion": "x", "topic": "g3"}, {"prompt": "secret", "completion": "x", "topic": "new"}])
+    config = {"source": {"jsonl": {"path": "d.jsonl"}}, "group_by": "topic", "heldout": {"share": 0.3}}
+    before = ingest(**config)
+    table = RowSet(before).table(None)
+    secret = [c for c, m in zip(table["content_id"].to_pylist(), table["messages"].to_pylist()) if m[0]["content"] == "secret"]
+    heldout = [c for c, s in zip(table["content_id"].to_pylist(), table["split"].to_pylist()) if s == "heldout"]
+    assert len(secret) == 2 and len(set(secret)) == 1
+    assert forget(tmp_path / "ws", [secret[0], heldout[0]], "asked to") == [secret[0], heldout[0]]
+    assert forget(tmp_path / "ws", [secret[0]]) == []
+    after = ingest(**config)
+    assert after.counts["dropped: forgotten: named by `ftpipe forget`"] == 3 and after.counts["rows_in"] == before.counts["rows_in"]
+    rest = RowSet(after).table(None)
+    assert rest.num_rows == table.num_rows - 3 and not {secret[0], heldout[0]} & set(rest["content_id"].to_pylist())
+    assert {k: v for k, v in sides(before).items() if k != "new"} == {k: v for k, v in sides(after).items() if k != "new"}, "the others stay on their side"
+    (tmp_path / "ws" / "forgotten.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        ingest(**config)
 
 
 def test_what_a_row_says_and_the_model_will_not_see_is_a_warning(tmp_path, ingest):
