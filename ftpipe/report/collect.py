@@ -20,21 +20,22 @@ class RunData:
 
     Args:
         inputs: the artifacts to start from, by stage name.
-        roles: which of them is the `evaluation`, `verdict`, `registration` and `adapter`; those left out are looked for, unless the page is about studies
-            alone.
-        studies: stage names of the studies to show.
+        roles: which of them is the `evaluation`, `verdict`, `registration` and `adapter`; those left out are looked for, unless the page is about
+            studies or data alone.
+        studies, data: stage names of the studies and of the descriptions of rows to show.
         controls: stage names of the trainings that the adapter is compared with.
         pipeline: name of the pipeline.
     """
 
     def __init__(self, inputs: dict[str, Artifact], *, roles: dict[str, str | None], controls: Iterable[str] = (), studies: Iterable[str] = (),
-                 pipeline: str = ""):
+                 data: Iterable[str] = (), pipeline: str = ""):
         self.pipeline = pipeline
         self.missing: list[str] = []
         self.artifacts = list(self._walk(inputs.values()))
         self._named = {a.name: a for a in self.artifacts} | dict(inputs)
         self.studies = [self._named[name] for name in studies]
-        self._look = any(roles.values()) or not self.studies
+        self.data = [self._named[name] for name in data]
+        self._look = any(roles.values()) or not (self.studies or self.data)
         self.evaluation = self._role(roles.get("evaluation"), "comparisons.json", "items.parquet")
         self.verdict = self._role(roles.get("verdict"), "verdict.json")
         self.registration = self._role(roles.get("registration"), "registration.json")

@@ -27,6 +27,7 @@ class Report(Stage):
     adapter: Ref | None = Field(default=None, description="Training stage of the candidate.")
     controls: list[Ref] = Field(default=[], description="Training stages that the candidate is compared with.")
     studies: list[Ref] = Field(default=[], description="Study stages to show: methods side by side.")
+    data: list[Ref] = Field(default=[], description="Describe stages to show: what the rows are like.")
     title: str | None = Field(default=None, max_length=200, description="Line above the heading; the pipeline's name by default.")
 
     def externals(self, env: Environment) -> dict[str, Any]:
@@ -36,8 +37,9 @@ class Report(Stage):
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         if not self.refs():
-            raise ConfigError("the report is about nothing", remedy="name at least one of evaluation, verdict, registration, adapter and studies")
-        makes = {"evaluation": "evaluation", "verdict": "verdict", "registration": "version", "adapter": "adapter", "controls": "adapter", "studies": "study"}
+            raise ConfigError("the report is about nothing", remedy="name at least one of evaluation, verdict, registration, adapter, studies and data")
+        makes = {"evaluation": "evaluation", "verdict": "verdict", "registration": "version", "adapter": "adapter", "controls": "adapter",
+                 "studies": "study", "data": "description"}
         for field, wanted in makes.items():
             named = getattr(self, field)
             for name in named if isinstance(named, list) else [named] if named else []:
@@ -51,7 +53,7 @@ class Report(Stage):
         from ftpipe.report.page import render
 
         roles = {name: getattr(self, name) for name in ("evaluation", "verdict", "registration", "adapter")}
-        run = RunData(ctx.inputs, roles=roles, controls=self.controls, studies=self.studies, pipeline=ctx.env.pipeline)
+        run = RunData(ctx.inputs, roles=roles, controls=self.controls, studies=self.studies, data=self.data, pipeline=ctx.env.pipeline)
         text = render(run, self.title)
         (ctx.out / PAGE).write_text(text, encoding="utf-8")
         for name in run.missing:

@@ -116,3 +116,12 @@ def test_init_writes_a_file_that_loads(call, tmp_path: Path) -> None:
     assert pipeline.name == "mine"
     assert call("init", "mine.jsonl").exit_code != 0  # it does not overwrite
     assert "no such file" in str(call("init", "absent.jsonl", "--out", "x.yaml").exception)
+
+
+def test_data_report_describes_a_file_before_there_is_a_pipeline(call, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"q{i % 8}", "completion": "answer"}) + "\n" for i in range(10)))
+    done = call("data", "report", "d.jsonl", "--languages", "0")
+    assert done.exit_code == 0, done.output
+    assert "10 train rows" in done.output and "2 train rows" in done.output and "say exactly what another one says" in done.output
+    assert Path(done.output.split("report: ")[1].strip()).is_file() and not (tmp_path / "pipeline.yaml").exists()
+    assert call("data", "report", "none.jsonl").exit_code != 0

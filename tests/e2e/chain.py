@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.flows import real_server
 from tests.tiny import make_tiny_model
 
 WORDS = ["river", "stone", "lamp", "green", "seven", "walk", "table", "quiet", "north", "paper", "glass", "bread", "cloud", "small", "open", "red", "yard",
@@ -77,9 +78,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def ftpipe(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def seen(folder: Path) -> dict[str, str]:
+    """An environment in which runs are seen by a local Prefect server whose database is in `folder`."""
+    return real_server.environment(folder / "prefect", environment())
+
+
+def ftpipe(folder: Path, *words: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command of the command line in `folder`."""
-    done = subprocess.run(command(*words), cwd=folder, env=environment(), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command(*words), cwd=folder, env=env or environment(), capture_output=True, text=True, timeout=400)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 

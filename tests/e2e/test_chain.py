@@ -1,4 +1,4 @@
-"""From rows to a registered adapter, whole: reuse, rerun, refusal, and kill -9 in each stage."""
+"""From rows to a registered adapter, whole: what Prefect and MLflow hold of it, reuse, rerun, refusal, and kill -9 in each stage."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.e2e.chain import adapter_hash, command, environment, ftpipe, last_run, make_project
+from tests.e2e.chain import adapter_hash, command, environment, ftpipe, last_run, make_project, seen
+from tests.flows import real_server
+from tests.stages_for_tests import alive, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose pipeline has run to its end, unbroken. Tests that change it work on a copy."""
+    """A project whose pipeline has run to its end, unbroken, as a flow on a local Prefect server. Tests that change it work on a copy."""
     folder = make_project(tmp_path_factory.mktemp("chain"))
-    ftpipe(folder, "run", "pipeline.yaml", "--no-prefect")
+    (folder / "prefect").mkdir()
+    ftpipe(folder, "run", "pipeline.yaml", env=seen(folder))
     return folder
 
 
@@ -42,6 +46,35 @@ def test_it_ends_with_a_registered_version_and_a_report(finished: Path) -> None:
     assert [(v["name"], int(v["version"]), v["aliases"]) for v in listed] == [("chain", 1, ["champion"])]
     page = next((finished / ".ftpipe" / "store").glob("report-*/report.html")).read_text()
     assert "chain" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_everything_is_shown_in_prefect_and_joined_in_mlflow(copy: Path) -> None:
+    home, record = copy / "prefect", last_run(copy)
+    (name, state, message), = real_server.query(home, "select f.name, f.state_type, s.message from flow_run f join flow_run_state s on s.id = f.state_id")
+    assert (name, state) == (f"chain {record['id']}", "COMPLETED") and "registered as chain:1" in message
+    assert {n for n, in real_server.query(home, "select name from task_run where state_name = 'Completed'")} == set(record["stages"])
+    shown = dict(real_server.query(home, "select key, data from artifact"))
+    assert "## Passed" in shown["chain-gate"] and "chain version 1" in shown["chain-register"] and "report.html" in shown["chain-report"]
+    assert any(row["better"] == "adapter" for row in json.loads(json.loads(shown["chain-evaluate"])))
+    assert {"chain-ingest", "chain-ingest-quarantine", "chain-pool-minhash", "chain-adapter", "chain-adapter-progress", "chain-run"} <= set(shown)
+    funnel = json.loads(json.loads(shown["chain-pool-exact-dedup"]))
+    assert funnel[0]["count"] == funnel[1]["count"] + sum(r["count"] for r in funnel[2:]) and len(funnel) > 2
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{copy / '.ftpipe' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("chain").experiment_id])
+    tracked = {r.data.tags["ftpipe.stage"]: r for r in runs if "ftpipe.stage" in r.data.tags}
+    assert {"reference", "adapter", "random"} <= set(tracked)
+    assert tracked["adapter"].data.tags["ftpipe.key"] == record["stages"]["adapter"]["key"] and tracked["adapter"].data.params["learning_rate"] == "0.03"
+    losses = client.get_metric_history(tracked["adapter"].info.run_id, "loss")
+    assert len(losses) > 2 and losses[-1].value < losses[0].value
+
+    began = time.monotonic()
+    assert "nothing to do" in ftpipe(copy, "run", "pipeline.yaml", env=seen(copy)).stdout
+    print(f"second run, server and all: {time.monotonic() - began:.1f} s")
+    last = "(select id from flow_run order by start_time desc limit 1)"
+    assert {s for s, in real_server.query(home, f"select state_name from task_run where flow_run_id = {last}")} == {"Reused"}
 
 
 def test_rows_are_accounted_for_from_source_to_adapter(finished: Path) -> None:
@@ -141,6 +174,29 @@ def test_killed_in_each_stage_same_bytes_in_the_end(finished: Path, tmp_path: Pa
     assert [(int(v["version"]), v["aliases"]) for v in listed] == [(1, ["champion"])]
 
 
+def test_ctrl_c_ends_real_training_ranks(copy: Path) -> None:
+    words = ["run", "pipeline.yaml", "--to", "adapter", "--set", "stages.adapter.ranks=2", "--set", "stages.adapter.epochs=500"]
+    log = copy / "interrupted.log"
+    with real_server.ftpipe(words, seen(copy), log) as process:
+        def ranks() -> list[int]:
+            return [p.pid for p in psutil.Process(process.pid).children(recursive=True) if "ftpipe.train.rank" in " ".join(p.cmdline())]
+
+        def training() -> bool:
+            shown = real_server.query(copy / "prefect", "select key from artifact where created > datetime('now', '-60 seconds')")
+            return len(ranks()) == 2 and ("chain-adapter-progress",) in shown
+
+        wait_for(lambda: process.poll() is not None or training(), 300, what="the training's progress")
+        assert process.poll() is None, log.read_text()
+        everyone = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+        real_server.interrupt(process)
+        _, seconds = wait_for(lambda: not alive(everyone), 20, what="the end of every process")
+        print(f"ctrl-C while 2 ranks train: nothing left after {seconds:.1f} s")
+        assert process.returncode == 130 or process.wait() == 130
+    assert last_run(copy)["state"] == "cancelled"
+    (state,), = real_server.query(copy / "prefect", "select state_type from flow_run order by start_time desc limit 1")
+    assert state == "CANCELLED"
+
+
 def make_broken(finished: Path, tmp_path: Path) -> Path:
     """The same project with an empty workspace."""
     return Path(shutil.copytree(finished, tmp_path / "broken", ignore=shutil.ignore_patterns(".ftpipe"), copy_function=shutil.copy2))
@@ -158,8 +214,6 @@ def contents(folder: Path) -> dict[str, str]:
 
 def kill_in(folder: Path, stage: str, after: float) -> None:
     """Start a run, wait until it is in `stage`, let `after` seconds pass and kill it with SIGKILL. No process may be left 20 s later."""
-    import psutil
-
     known = set((folder / ".ftpipe" / "logs").glob("*"))
     child = subprocess.Popen(command("run", "pipeline.yaml", "--no-prefect"), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300

@@ -9,7 +9,7 @@ from ftpipe.artifacts import Artifact
 from ftpipe.report.collect import RunData, base_model, params, seconds
 from ftpipe.report.numbers import count, interval, number, percent, setting
 from ftpipe.report.numbers import seconds as duration
-from ftpipe.report.sections.study import findings
+from ftpipe.report.sections import data, study
 from ftpipe.report.sections.training import totals
 from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 
@@ -17,7 +17,8 @@ from ftpipe.report.summary import BASE, LOSSES, row_digits, unit
 def build(run: RunData) -> dict[str, Any]:
     found = run.summary
     lead = found["primary"]
-    said = _lead(lead["row"], lead["comparison"]) if lead else [f for s in run.studies for f in findings(s.json("study.json"))]
+    said = _lead(lead["row"], lead["comparison"]) if lead else [
+        *(f for s in run.studies for f in study.findings(s.json("study.json"))), *(f for d in run.data for f in data.findings(d.json("description.json")))]
     return {"state": _state(found), "title": _title(run), "lead": said, "further": _further(run),
             "tiles": _tiles(run), "facts": _facts(run)}
 
@@ -44,7 +45,7 @@ def _title(run: RunData) -> str:
         return "An adapter, measured"
     if run.studies:
         return " · ".join(" / ".join(s.json("study.json")["arms"]) for s in run.studies)
-    return "A run, and what became of its rows"
+    return "What the rows are like" if run.data else "A run, and what became of its rows"
 
 
 def _further(run: RunData) -> list[str]:
