@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftpipe.canonical import digest
 from ftpipe.data.forgotten import forgotten
-from ftpipe.data.formats import FormatError, FormatName, check_fields, convert, plain
-from ftpipe.data.rows import HELDOUT, ROWS, TRAIN, content_id, rows_schema
+from ftpipe.data.formats import FormatName, check_fields
+from ftpipe.data.reading import BATCH, SHOWN, Reading, read_all
+from ftpipe.data.rows import HELDOUT, ROWS, TRAIN, rows_schema
 from ftpipe.errors import DataError
 from ftpipe.slots import choose
 from ftpipe.stages.base import Environment, Stage, StageContext
@@ -25,13 +22,7 @@ if TYPE_CHECKING:
     import duckdb
 
 QUARANTINE = "quarantine.parquet"
-BATCH = 2000
-"""Rows held in memory at a time."""
-SHOWN = 5
-"""Reasons that an error or the log names."""
-UNSEEN_TOOLS = "have `tools`, which are kept as meta and not shown to the model"
 FORGOTTEN = "forgotten: named by `ftpipe forget`"
-MARKED_BAD = "have `label: false`, an answer marked as bad, and are taken like the others"
 
 
 class Heldout(BaseModel):
@@ -75,7 +66,7 @@ class Ingest(Stage):
             raise ValueError("give either `source` or `sources`")
         return self
 
-    def _sources(self) -> list[Any]:
+    def all_sources(self) -> list[Any]:
         return [self.source] if self.source is not None else list(self.sources)
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
@@ -84,13 +75,12 @@ class Ingest(Stage):
 
     def externals(self, env: Environment) -> dict[str, Any]:
         gone = forgotten(env.workspace)
-        return {f"source {i}" if self.sources else "source": source.identity(env) for i, source in enumerate(self._sources(), start=1)} | (
+        return {f"source {i}" if self.sources else "source": source.identity(env) for i, source in enumerate(self.all_sources(), start=1)} | (
             {"forgotten": digest(gone)} if gone else {})
 
     def run(self, ctx: StageContext) -> None:
         staged = ctx.work / "staged.parquet"
-        read = Reading(self)
-        read.write(chain.from_iterable(s.records(ctx.env) for s in self._sources()), staged, ctx)
+        read = read_all(self, ctx, staged, ctx.out / QUARANTINE)
         read.judge()
         split = _assign(staged, self.heldout, forgotten(ctx.env.workspace), read, ctx)
         self._report(ctx, read, split)
@@ -109,118 +99,6 @@ class Ingest(Stage):
             ctx.log.warning("%d rows %s", n, warning)
         for reason, n in read.faults.most_common(SHOWN):
             ctx.log.warning("quarantined %d: %s (first: %s)", n, reason, read.examples[reason])
-
-
-class Reading:
-    """The first pass: records become rows of a staging table, or of the quarantine."""
-
-    def __init__(self, stage: Ingest):
-        self.stage, self.seed = stage, stage.seed or 0
-        self.good = 0
-        self.sources: Counter[str] = Counter()
-        self.formats: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-        self.named_groups: set[str] = set()
-
-    def write(self, records: Iterator[Any], staged: Path, ctx: StageContext) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        schema, aside_schema = self.staging_schema(), self.aside_schema()
-        with pq.ParquetWriter(staged, schema, compression="zstd") as rows, pq.ParquetWriter(ctx.out / QUARANTINE, aside_schema, compression="zstd") as aside:
-            good, bad = [], []
-            for record in records:
-                row = self.row(record)
-                (bad if "reason" in row else good).append(row)
-                if len(good) >= BATCH:
-                    rows.write_table(pa.Table.from_pylist(good, schema))
-                    good = []
-                    ctx.progress(self.good, None, "rows")
-                if len(bad) >= BATCH:
-                    aside.write_table(pa.Table.from_pylist(bad, aside_schema))
-                    bad = []
-                    if not self.good:
-                        break  # not one of the first thousands could be read: no need to read the rest to say so
-            rows.write_table(pa.Table.from_pylist(good, schema))
-            aside.write_table(pa.Table.from_pylist(bad, aside_schema))
-
-    @staticmethod
-    def staging_schema():
-        """A row without its id and side, and what decides them: `heldout`, and `rank`, the order in which held-out rows are kept."""
-        import pyarrow as pa
-
-        fields = [f for f in rows_schema() if f.name not in ("row_id", "split")]
-        return pa.schema([*fields, pa.field("heldout", pa.bool_()), pa.field("rank", pa.float64())])
-
-    @staticmethod
-    def aside_schema():
-        """`quarantine.parquet`: where the row was, why it was set aside, and what was there."""
-        import pyarrow as pa
-
-        return pa.schema([("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("detail", pa.string()),
-                          ("raw", pa.string())])
-
-    def row(self, record: Any) -> dict[str, Any]:
-        """A record as a row of one schema or the other; the quarantined have a `reason`."""
-        if record.error is not None:
-            return self._aside(record, record.error, record.detail, record.text)
-        try:
-            row = convert(record.raw, self.stage.format, self.stage.fields)
-            group = self._group(record)
-        except FormatError as error:
-            return self._aside(record, error.reason, error.detail, json.dumps(plain(record.raw), ensure_ascii=False))
-        meta = row.pop("meta") | (record.meta or {})
-        row |= {"content_id": content_id(row), "source": record.source, "line": record.line, "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True)}
-        row["group"] = group if group is not None else row["content_id"]
-        self.good += 1
-        self.warnings.update([UNSEEN_TOOLS] * bool(meta.get("tools")) + [MARKED_BAD] * (meta.get("label") is False))
-        self.formats[row["format"]] += 1
-        self.sources[record.source] += 1
-        return row | {"heldout": self._heldout(row), "rank": _draw(self.seed, "rank", row["content_id"])}
-
-    def _group(self, record: Any) -> str | None:
-        field = self.stage.group_by
-        if field is None:
-            return record.group
-        value = record.raw.get(field, (record.meta or {}).get(field))
-        if value is None or value == "":
-            raise FormatError(f"group field {field!r} is missing", f"the row has {', '.join(sorted(map(str, record.raw)))}")
-        return plain(value) if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False, sort_keys=True)
-
-    def _heldout(self, row: dict[str, Any]) -> bool:
-        rule = self.stage.heldout
-        if rule.groups:
-            named = row["group"] in rule.groups
-            if named:
-                self.named_groups.add(row["group"])
-            return named
-        return _draw(self.seed, "heldout", row["group"] if rule.by == "group" else row["content_id"]) < rule.share
-
-    def _aside(self, record: Any, reason: str, detail: str, raw: str) -> dict[str, Any]:
-        self.faults[reason] += 1
-        self.sources[record.source] += 1
-        if len(self.examples) < 50:
-            self.examples.setdefault(reason, f"{record.source}:{record.line}{': ' + detail if detail else ''}")
-        row_id = "q:" + hashlib.sha256(f"{record.source}:{record.line}".encode()).hexdigest()
-        return {"row_id": row_id, "source": record.source, "line": record.line, "reason": reason, "detail": detail, "raw": raw}
-
-    def judge(self) -> None:
-        """Stop if there is nothing to work with, or too much was unreadable."""
-        bad = sum(self.faults.values())
-        if not self.good and not bad:
-            raise DataError("the sources hold no rows", remedy="check the paths; a file of empty lines has none")
-        if not self.good or bad / (self.good + bad) > self.stage.quarantine_limit:
-            reasons = "\n".join(f"     {n} x {reason}; first {self.examples.get(reason, '')}" for reason, n in self.faults.most_common(SHOWN))
-            share = "none of the rows read so far" if not self.good else f"only {self.good} of {self.good + bad} rows"
-            raise DataError(f"{share} can be used (quarantine_limit is {self.stage.quarantine_limit:g}):\n{reasons}",
-                            remedy="mend the data, set `format`, `fields` or the source's `encoding`, or raise `quarantine_limit`")
-
-
-def _draw(seed: int, purpose: str, text: str) -> float:
-    """A number in [0, 1) that depends on its arguments alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}:{text}".encode()).digest()[:6], "big") / 2**48
 
 
 def _assign(staged: Path, rule: Heldout, gone: list[str], read: Reading, ctx: StageContext) -> dict[str, Any]:

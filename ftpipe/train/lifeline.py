@@ -6,30 +6,23 @@ when the parent dies (Linux), and a thread exits when a pipe that only the paren
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from ftpipe.processes import ORPHANED, die_with
+
 PIPE, PARENT, EVENTS = "FTPIPE_LIFELINE", "FTPIPE_PARENT", "FTPIPE_EVENTS"
-ORPHANED = 86
-"""Exit status of a child whose parent is gone."""
-PR_SET_PDEATHSIG = 1
 
 
 def hold() -> None:
     """Tie this process to its parent. Called first of all in a child."""
     if PARENT not in os.environ:
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(os.environ[PARENT]):  # it died before the line above
-        os._exit(ORPHANED)
+    die_with(int(os.environ[PARENT]))
     threading.Thread(target=_wait, args=(int(os.environ[PIPE]),), daemon=True, name="lifeline").start()
 
 

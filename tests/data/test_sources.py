@@ -241,3 +241,21 @@ def test_a_sample_of_the_documentation_is_stable(env):
 ])
 def test_long_answers_end_where_a_paragraph_does(text, limit, short):
     assert shorten(text, limit) == short
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 64, 700])
+def test_parts_of_a_file_hold_each_line_once_under_its_number(tmp_path, monkeypatch, size):
+    """Whatever the parts: lines of all lengths, empty ones, Windows' line ends, broken ones, and no line feed at the end."""
+    from ftpipe.data.sources import jsonl
+
+    lines = [json.dumps({"text": "x" * (i * i % 90)}) for i in range(40)]
+    lines[5], lines[9], lines[20] = "", '{"text": "cut', "  "
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines[:20]).encode() + b"\n" + "\n".join(lines[20:]).encode())
+    env = Environment(tmp_path, tmp_path, "t")
+    source = jsonl.Jsonl(path="a.jsonl")
+    monkeypatch.setattr(jsonl, "PART", 10**9)
+    whole = list(source.records(env))
+    monkeypatch.setattr(jsonl, "PART", size)
+    parts = source.parts(env)
+    assert len(parts) > 1 and sum(p.size for p in parts) == (tmp_path / "a.jsonl").stat().st_size and parts[0].line == 0
+    assert list(source.records(env)) == whole and len(whole) == 38 and whole[-1].line == 40

@@ -272,3 +272,40 @@ def test_errors_are_of_this_program(tmp_path, ingest):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 this is no Parquet file PAR1")
     with pytest.raises(FtpipeError, match="the Parquet file cannot be read"):
         ingest(source={"parquet": {"path": "d.parquet"}})
+
+
+def test_parts_read_side_by_side_make_the_same_artifact(tmp_path, ingest, monkeypatch):
+    from ftpipe.data import reading
+    from ftpipe.data.sources import jsonl
+
+    put(tmp_path, "d.jsonl", [*grouped(300), "{\n", *grouped(300, start=300), *grouped(3)])
+    put(tmp_path, "e.jsonl", grouped(40, start=1000))
+    config = {"sources": [{"jsonl": {"path": "d.jsonl"}}, {"jsonl": {"path": "e.jsonl"}}], "group_by": "topic", "heldout": {"limit": 50}}
+    alone = ingest(**config).manifest
+    (tmp_path / "ws").rename(tmp_path / "first")
+    monkeypatch.setattr(jsonl, "PART", 20_000)
+    monkeypatch.setattr(reading, "LARGE", 1)
+    beside = ingest(**config).manifest
+    assert beside["files"] == alone["files"] and beside["counts"] == alone["counts"]
+
+
+def test_parts_that_were_read_before_a_kill_are_not_read_again(tmp_path, ingest, monkeypatch):
+    from ftpipe.data import reading
+    from ftpipe.data.sources import jsonl
+
+    put(tmp_path, "d.jsonl", grouped(300))
+    monkeypatch.setattr(jsonl, "PART", 5_000)
+    read, inner = [], reading.Task.read
+
+    def some(task, progress):
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        read.append(task.part.start)
+        return inner(task, progress)
+
+    monkeypatch.setattr(reading.Task, "read", some)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source={"jsonl": {"path": "d.jsonl"}})
+    monkeypatch.setattr(reading.Task, "read", lambda task, progress: (read.append(task.part.start), inner(task, progress)))
+    assert ingest(source={"jsonl": {"path": "d.jsonl"}}).counts["rows_in"] == 1500
+    assert len(read) == len(set(read)) > 5

@@ -6,6 +6,7 @@ import bz2
 import glob
 import gzip
 import lzma
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,25 @@ class Record:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What can be read apart from the rest: a whole source, a file, or the lines of one that begin at bytes `start` to `end` (None: to its end).
+
+    line: lines before the first.
+    """
+
+    name: str = ""
+    path: str = ""
+    start: int = 0
+    end: int | None = None
+    line: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes to read, as they lie on the disk; 0 for what is no file."""
+        return (self.end if self.end is not None else os.path.getsize(self.path)) - self.start if self.path else 0
+
+
 class Source(Method):
     """Yields rows with their origin. What cannot be read becomes a record with an error; it never ends the run by itself."""
 
@@ -49,6 +69,14 @@ class Source(Method):
     @abstractmethod
     def records(self, env: Environment) -> Iterator[Record]:
         """The rows in an order that depends on the content alone, streamed: a large source is never held in memory."""
+
+    def parts(self, env: Environment) -> list[Part]:
+        """What can be read side by side; together and in this order, all of it. The whole source by default."""
+        return [Part()]
+
+    def part(self, part: Part, env: Environment) -> Iterator[Record]:
+        """The records of one part."""
+        return self.records(env)
 
     @abstractmethod
     def identity(self, env: Environment) -> dict[str, str]:
@@ -76,8 +104,18 @@ class FileSource(Source):
         """The records of one file; `name` is what they carry as their source."""
 
     def records(self, env: Environment) -> Iterator[Record]:
-        for name, path in self.files(env).items():
-            yield from self.read(path, name)
+        for part in self.parts(env):
+            yield from self.part(part, env)
+
+    def parts(self, env: Environment) -> list[Part]:
+        return [part for name, path in self.files(env).items() for part in self.split(path, name)]
+
+    def split(self, path: Path, name: str) -> list[Part]:
+        """The parts of one file; a format that can be read from the middle overrides it together with `part`."""
+        return [Part(name, str(path))]
+
+    def part(self, part: Part, env: Environment) -> Iterator[Record]:
+        return self.read(Path(part.path), part.name)
 
     def identity(self, env: Environment) -> dict[str, str]:
         from ftpipe.models.hashes import cached_digest

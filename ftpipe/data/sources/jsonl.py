@@ -7,11 +7,18 @@ import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from ftpipe.data.sources.base import FileSource, Record, check_encoding, open_bytes, undecodable
+from ftpipe.data.sources.base import PACKED, FileSource, Part, Record, check_encoding, open_bytes, undecodable
+
+if TYPE_CHECKING:
+    from ftpipe.stages.base import Environment
+
+PART = 32 * 2**20
+"""Bytes that one process reads at a time of a large file."""
+WIDE = ("utf-16", "utf-32")
 
 
 class Jsonl(FileSource):
@@ -22,6 +29,36 @@ class Jsonl(FileSource):
     encoding: str = Field(default="utf-8", description="Encoding of the files.")
 
     _encoding = field_validator("encoding")(check_encoding)
+
+    def split(self, path: Path, name: str) -> list[Part]:
+        """Parts of about `PART` bytes, each of whole lines. Not of compressed files, nor where a newline is wider than a byte."""
+        size = path.stat().st_size
+        if path.suffix in PACKED or self.encoding.startswith(WIDE) or size < 2 * PART:
+            return [Part(name, str(path))]
+        found, start, line = [], 0, 0
+        with path.open("rb") as f:
+            while start < size:
+                lines, end = 0, min(start + PART, size)
+                while f.tell() < end:
+                    lines += f.read(min(2**20, end - f.tell())).count(b"\n")
+                if end < size:
+                    f.seek(end - 1)
+                    lines += 0 if f.read(1) == b"\n" else f.readline().endswith(b"\n")
+                found.append(Part(name, str(path), start, f.tell(), line))
+                start, line = f.tell(), line + lines
+        return found
+
+    def part(self, part: Part, env: Environment) -> Iterator[Record]:
+        if part.end is None:
+            yield from self.read(Path(part.path), part.name)
+            return
+        with Path(part.path).open("rb") as f:
+            f.seek(part.start)
+            line = part.line
+            while f.tell() < part.end and (data := f.readline()):
+                line += 1
+                if data.strip():
+                    yield self._record(data, part.name, line)
 
     def read(self, path: Path, name: str) -> Iterator[Record]:
         line = 0
@@ -37,7 +74,7 @@ class Jsonl(FileSource):
 
     def _lines(self, f: IO[bytes]) -> Iterator[bytes] | Iterator[str]:
         """Lines as bytes, so that one bad line does not spoil the next. In UTF-16 and UTF-32, where a newline is wider than a byte, as text."""
-        return io.TextIOWrapper(f, encoding=self.encoding, newline="\n") if self.encoding.startswith(("utf-16", "utf-32")) else f
+        return io.TextIOWrapper(f, encoding=self.encoding, newline="\n") if self.encoding.startswith(WIDE) else f
 
     def _record(self, data: bytes, name: str, line: int) -> Record:
         try:
