@@ -125,3 +125,23 @@ def test_data_report_describes_a_file_before_there_is_a_pipeline(call, tmp_path:
     assert "10 train rows" in done.output and "2 train rows" in done.output and "say exactly what another one says" in done.output
     assert Path(done.output.split("report: ")[1].strip()).is_file() and not (tmp_path / "pipeline.yaml").exists()
     assert call("data", "report", "none.jsonl").exit_code != 0
+
+
+def test_doctor_finds_a_sound_installation_and_says_what_is_not(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = call("doctor", "p.yaml", "--json")
+    found = {f["what"]: f for f in json.loads(done.output[done.output.index("[\n"):])}
+    assert {"Python", "packages", "torch", "DeepSpeed", "Prefect", "workspace", "p.yaml"} <= set(found)
+    assert done.exit_code == 0 and {f["state"] for f in found.values()} <= {"ok", "note"}, found
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    (tmp_path / "p.yaml").write_text("name: demo\nstages:\n  numbers: {path: none.txt}\n")
+    done = call("doctor", "p.yaml")
+    assert done.exit_code == 1 and "does not answer" in done.output and "PREFECT_API_URL" in done.output and "none.txt" in done.output
+
+
+def test_gc_shows_first_and_removes_when_told(call, tmp_path: Path) -> None:
+    call("run", "p.yaml", "--no-prefect")
+    call("run", "p.yaml", "--no-prefect", "--set", "stages.big.threshold=6")
+    listed = json.loads(call("gc", "--days", "0", "--json").output)
+    assert [Path(f["path"]).name.split("-")[0] for f in listed["found"]] == ["above"] and listed["freed"] == 0
+    assert "can be freed" in call("gc", "--days", "0").output and "freed" in call("gc", "--days", "0", "--yes").output
+    assert "nothing to remove" in call("gc", "--days", "0").output
