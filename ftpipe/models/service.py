@@ -230,7 +230,7 @@ class ModelService:
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                  decoder: Decoder | None = None, env: Environment | None = None, processors: Sequence[Any] = (), batch_size: int = 8,
-                 on_batch: Callable[[int, int], None] | None = None) -> list[Generation]:
+                 streamer: Any = None, on_batch: Callable[[int, int], None] | None = None) -> list[Generation]:
         """Answers to prompts given as tokens (`renderer.prompt(messages)`), in their order.
 
         Prompts go through in batches of like length, padded on the left. The same call gives the same answers; with `batch_size=1` an answer depends on its
@@ -241,6 +241,7 @@ class ModelService:
             temperature: 0 is greedy decoding; otherwise samples from the distribution at this temperature. top_p: nucleus, with a temperature only.
             decoder: a method of the slot `decode`; replaces temperature and top_p. env: needed by a decoder that loads models.
             processors: further transformers logits processors.
+            streamer: a transformers streamer that is handed the tokens as they come; for one prompt at a time.
             on_batch: called after every batch with (prompts done, prompts in all).
         """
         import torch
@@ -270,7 +271,7 @@ class ModelService:
             with torch.inference_mode(), torch.random.fork_rng(devices=cuda), self._own_settings() as config:
                 torch.manual_seed(_seed(seed, [cut[i] for i in chosen]))
                 config.update(max_new_tokens=max_new_tokens, **settings)
-                out = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=extra)
+                out = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=extra, streamer=streamer)
             for i, row in zip(chosen, out[:, width:].tolist()):
                 answers[i] = self._answer(row)
             if on_batch:

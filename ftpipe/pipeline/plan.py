@@ -101,12 +101,12 @@ def _why(store: Store, pipeline: Pipeline, name: str, new: dict[str, Any]) -> st
     previous = _last(store, pipeline).get(name)
     if previous is None:
         return "never built here"
-    changes = list(_differences(previous.manifest["material"], new))
+    changes = list(differences(previous.manifest["material"], new))
     shown = "; ".join(changes[:3]) or "its artifact is gone"
     return f"{shown}; and {len(changes) - 3} more" if len(changes) > 3 else shown
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]):
+def differences(old: dict[str, Any], new: dict[str, Any]):
     for path, before, after in _leaves(old.get("params", {}), new["params"], ""):
         yield f"{path} {_short(before)} → {_short(after)}"
     for ref in {**old.get("inputs", {}), **new["inputs"]}:

@@ -96,16 +96,40 @@ def test_a_forgotten_row_and_its_copies_are_never_used_again(copy: Path) -> None
     assert adapter["times"] >= 2 and adapter["versions"] == ["chain:1 @champion"]  # two epochs
     told = json.loads(ftpipe(copy, "forget", row[:12], "--reason", "asked to", "--json").stdout)
     assert told["forgotten"] == told["new"] and [a["key"] for a in told["adapters"]] == [a["key"] for a in seen]
-    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--to", "curated")
+    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--to", "pool")
     listed = [json.loads(line) for line in (copy / ".ftpipe" / "forgotten.jsonl").read_text().splitlines()]
     assert [(e["content_id"], e["reason"]) for e in listed] == [(told["new"][0], "asked to")]
     manifest = json.loads(max((copy / ".ftpipe" / "store").glob("ingest-*/manifest.json"), key=lambda p: p.stat().st_mtime_ns).read_text())
     assert manifest["counts"]["dropped: forgotten: named by `ftpipe forget`"] >= 1
-    last = json.loads((copy / ".ftpipe" / "last" / "chain" / "curated__sensitivity_sampling.json").read_text())
+    last = json.loads((copy / ".ftpipe" / "last" / "chain" / "pool__decontaminate.json").read_text())
     import pyarrow.parquet as pq
 
     kept = pq.read_table(copy / ".ftpipe" / "store" / f"{last['kind']}-{last['key'][:16]}" / "kept.parquet")["row_id"].to_pylist()
     assert kept and row not in kept
+
+
+def test_a_version_is_verified_compared_moved_and_exported(copy: Path) -> None:
+    """On a second version, made of other settings and registered past the gate."""
+    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--set", "stages.adapter.epochs=3", "--set", "stages.gate.rules=[{suite: heldout_loss, against: base}]",
+           "--set", "stages.evaluate.champion=false", "--set", "stages.evaluate.examples=0")
+    assert "every byte" in ftpipe(copy, "registry", "verify", "chain@2").stdout
+    told = json.loads(ftpipe(copy, "registry", "diff", "chain@1", "chain@2", "--json").stdout)
+    assert {"stage": "adapter", "change": "epochs 2 → 3"} in told["settings"]
+    assert told["rows"]["both"] > 5 and told["rows"]["only_a"] == told["rows"]["only_b"] == 0 and told["rows"]["times"] == told["rows"]["both"]
+    assert {m["suite"] for m in told["metrics"]} == {"heldout_loss", "general_text"}
+    refused = ftpipe(copy, "registry", "alias", "chain@2", "champion", check=False)
+    assert refused.returncode == 2 and "needs a reason" in refused.stderr
+    ftpipe(copy, "registry", "alias", "chain@2", "champion", "--reason", "by hand")
+    assert "version 2 -> 1" in ftpipe(copy, "registry", "rollback", "chain").stdout
+    moves = ftpipe(copy, "registry", "history", "chain").stdout.splitlines()
+    assert "1 -> 2 forced  by hand" in moves[-2] and "2 -> 1" in moves[-1]
+    ftpipe(copy, "export", "chain@2", "lora", "--model", "model")
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {p.name for p in (copy / "lora").iterdir()}
+    file = next(copy.glob(".ftpipe/registry/chain/*/adapter_model.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert any(ftpipe(copy, "registry", "verify", f"chain@{v}", check=False).returncode == 1 for v in (1, 2)), "one flipped bit is found"
 
 
 def test_second_run_runs_nothing_and_loads_nothing_heavy(copy: Path) -> None:
@@ -145,13 +169,13 @@ def test_training_that_learns_nothing_is_refused(copy: Path) -> None:
 
 
 def test_a_selection_is_proved_against_chance(copy: Path) -> None:
-    """With the seed of the pipeline, the trainings of the selection and of the random rows are those that are there already."""
+    """With the seed of the pipeline, the training of the selection is the one that is there already."""
     done = ftpipe(copy, "prove", "pipeline.yaml", "curated", "--seeds", "1", "--no-prefect")
     assert "curated against length_matched on heldout_loss" in done.stdout
     now = states(copy)
     assert [n for n, s in now.items() if s == "built" and n.startswith("prove")] == [
-        "prove_length_matched_rows_3/length_matched_random", "prove_length_matched_3", "prove_evaluation", "prove_study", "prove_report"]
-    assert now["prove_curated_3"] == now["prove_random_3"] == "reused" and "register" not in now
+        "prove_random_3", "prove_length_matched_rows_3/length_matched_random", "prove_length_matched_3", "prove_evaluation", "prove_study", "prove_report"]
+    assert now["prove_curated_3"] == "reused" and "register" not in now
     study = json.loads(next((copy / ".ftpipe" / "store").glob("study-*/study.json")).read_text())
     tokens = {arm: told["tokens"][0] for arm, told in study["arms"].items()}
     assert max(tokens.values()) <= 1.1 * min(tokens.values()), tokens
