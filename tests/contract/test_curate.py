@@ -26,7 +26,7 @@ SETTINGS = {
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
     "grape": {},
     "source": {"keep": ["s0.jsonl", "s[12]*"]},
-    "bsdetector": {"samples": 2, "max_new_tokens": 4},
+    "bsdetector": {"samples": 1, "max_new_tokens": 2},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
 PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector"}

@@ -216,7 +216,7 @@ def test_prompts_that_tell_the_answer_are_easy_and_those_that_mislead_are_left_o
     ids = [r["row_id"] for r in complete(rows)]
     score = {i: v["score"] for i, v in decisions(out).items()}
     told, drawn, misled = ([score[i] for i in ids[k:k + 6]] for k in (0, 6, 12))
-    assert max(told) < 0.1 and 0.6 < min(drawn) and max(drawn) < 1.6 and min(misled) > 2
+    assert max(told) < 0.1 and min(drawn) > 0.6 and max(drawn) < 1.6 and min(misled) > 2
     assert [rows[ids.index(i)]["messages"][0]["content"] for i in kept_ids(out)] == [CHANCE] * 6
     assert {v["reason"] for i, v in decisions(out).items() if i in ids[12:]} == {"the prompt does not help"}
     assert out.json("ifd.json")["at_or_above"] == len(FACTS)
