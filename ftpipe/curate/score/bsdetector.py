@@ -41,6 +41,9 @@ class Bsdetector(Scorer):
     itself in both orders. The defaults of alpha and beta are those of one re-implementation; others differ, and the paper's were not seen. `answers.parquet`
     keeps every answer (row_id, sample, answer, contradiction, equal). Rows of plain text, and what does not fit the model's context, get nulls. Equal rows
     are asked once.
+
+    A small model does not know what it knows: of 40 Alpaca rows, half with the answer to another prompt, SmolLM2-135M-Instruct told the right ones by
+    its consistency with an AUROC of 0.83, by its reflection with 0.34, by both with 0.76 (3 samples, `words`). `beta: 1` leaves the reflection out.
     """
 
     paper: ClassVar[str] = "Automated Data Curation for Robust Language Model Fine-Tuning"
