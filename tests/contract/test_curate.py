@@ -24,9 +24,12 @@ SETTINGS = {
     "by_annotation": {"column": "tokens", "descending": True},
     "instruction_variants": {"templates": ["Please answer: {prompt}", "{prompt}\nBe brief."]},
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
+    "grape": {},
+    "source": {"keep": ["s0.jsonl", "s[12]*"]},
+    "bsdetector": {"samples": 1, "max_new_tokens": 2},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
-PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling"}
+PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector"}
 """Methods whose numbers come from a model: batches of another make-up change the last digits of a score, so only the rows are compared."""
 
 WORDS = ["it", "takes", "the", "name", "of", "a", "file", "and", "gives", "back", "what", "is", "in", "it", "as", "text"]
@@ -68,7 +71,7 @@ def settings(slot: str, name: str) -> dict:
 
 
 def apply(workspace, slot, name, rows, extra, tiny_model, *, seed=3):
-    source = rows_artifact(workspace, rows, annotations={"tokens": [tokens(r) for r in rows]})
+    source = rows_artifact(workspace, rows, annotations={"tokens": [tokens(r) for r in rows], "confidence": [tokens(r) % 10 / 10 for r in rows]})
     method = slots.slots()[slot].get(name)(**settings(slot, name))
     wanted = {ref: extra[ref] for ref in _refs(method)}
     return run_step(workspace, source, method, seed=seed, model=str(tiny_model), **wanted)
