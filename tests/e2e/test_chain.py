@@ -110,7 +110,8 @@ def test_a_forgotten_row_and_its_copies_are_never_used_again(copy: Path) -> None
 
 def test_a_version_is_verified_compared_moved_and_exported(copy: Path) -> None:
     """On a second version, made of other settings and registered past the gate."""
-    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--set", "stages.adapter.epochs=3", "--set", "stages.gate.rules=[{suite: heldout_loss, against: base}]",
+    ftpipe(copy, "run", "pipeline.yaml", "--no-prefect", "--set", "stages.adapter.epochs=3",
+           "--set", "stages.gate.rules=[{suite: heldout_loss, against: base}]",
            "--set", "stages.evaluate.champion=false", "--set", "stages.evaluate.examples=0")
     assert "every byte" in ftpipe(copy, "registry", "verify", "chain@2").stdout
     told = json.loads(ftpipe(copy, "registry", "diff", "chain@1", "chain@2", "--json").stdout)
