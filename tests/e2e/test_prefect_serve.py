@@ -7,22 +7,10 @@ import time
 import httpx
 import pytest
 
-from tests.flows.real_server import environment, free_port, ftpipe, prefect_server, query, serving
-from tests.stages_for_tests import CHAIN, install, stop, wait_for, write_pipeline
+from tests.flows.real_server import environment, free_port, ftpipe, query, serving
+from tests.stages_for_tests import CHAIN, stop, wait_for, write_pipeline
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory) -> dict[str, str]:
-    return install(tmp_path_factory.mktemp("kinds"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    home = tmp_path_factory.mktemp("prefect")
-    with prefect_server(home) as api:
-        yield api, home
 
 
 def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,8 @@ from tests.registry.helpers import content, registered
 
 
 @pytest.fixture
-def url(tmp_path: Path):
+def url(tmp_path: Path, mlflow_tables: Path):
+    shutil.copyfile(mlflow_tables, tmp_path / "s.db")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,0 +1,24 @@
+"""One Prefect server for all end-to-end tests of a worker: it takes ten seconds to start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.flows.real_server import Api, prefect_server
+from tests.stages_for_tests import install
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which a child process knows the kinds of `tests/stages_for_tests.py`."""
+    return install(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> tuple[Api, Path]:
+    """A real Prefect server, and the folder of its database."""
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home) as api:
+        yield api, home
