@@ -114,13 +114,17 @@ class Entry:
                 setattr(self, name, getattr(other, name))
 
 
-def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str, max_length: int | None) -> Path:
+def origin(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str) -> dict[str, Any]:
+    """What decides a number that a model gives for a row, beside the row and the settings: JSON that cache folders are named after."""
     package = Path(__file__).parent.parent
     base = {k: v for k, v in identity(model, ctx.env).items() if k in ("weights", "config", "tokenizer", "chat_template")}
-    material = {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "max_length": max_length, "device": default_device(),
-                "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
-                "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
-    return ctx.env.cache / "scores" / digest(material)[:32]
+    return {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "device": default_device(),
+            "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
+            "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
+
+
+def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str, max_length: int | None) -> Path:
+    return ctx.env.cache / "scores" / digest(origin(ctx, model, adapter, dtype) | {"max_length": max_length})[:32]
 
 
 def _files(path: Path) -> list[Path]:
