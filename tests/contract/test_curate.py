@@ -16,6 +16,7 @@ from tests.models.data import trained_adapter
 
 SLOTS = sorted(s for s in slots.slots() if s.startswith("curate/"))
 METHODS = [(slot, name) for slot in SLOTS for name in slots.slots()[slot].names()]
+FILES = ("s0.jsonl", "s1.jsonl", "s2.jsonl", "test.jsonl")
 SETTINGS = {
     "length": {"by": "tokens", "least": 20},
     "decontaminate": {},
@@ -24,6 +25,14 @@ SETTINGS = {
     "by_annotation": {"column": "tokens", "descending": True},
     "instruction_variants": {"templates": ["Please answer: {prompt}", "{prompt}\nBe brief."]},
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
+    "capped": {"cap": 5},
+    "tulu": {"parts": {"s0.jsonl": 4, "s1.jsonl": None}},
+    "dmo": {"runs": [{"tokens": {d: 100 * f if d == changed else 100 for d in FILES}, "loss": {d: 1 / (1 + i + f) for i, d in enumerate(FILES)}}
+                     for changed in FILES for f in (0.5, 2, 3)]},
+    "skill_it": {"graph": {d: {d: 1.0} for d in FILES}, "losses": [{d: float(i) for i, d in enumerate(FILES)}]},
+    "rejection_sampling": {"samples": 2, "max_new_tokens": 4},
+    "ssr": {"max_new_tokens": 4},
+    "s3ft": {"max_new_tokens": 4, "checker": "exact"},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
 PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling"}
