@@ -16,6 +16,14 @@ from tests.models.data import trained_adapter
 
 SLOTS = sorted(s for s in slots.slots() if s.startswith("curate/"))
 METHODS = [(slot, name) for slot in SLOTS for name in slots.slots()[slot].names()]
+
+
+def short_run(changed: str, factor: float) -> dict:
+    """What a run with 100 tokens of each file, but `factor` times as many of one, may come to."""
+    tokens = {d: 100 * (factor if d == changed else 1) for d in FILES}
+    return {"tokens": tokens, "loss": {d: 1 + (i + 1) * n**-0.2 for i, (d, n) in enumerate(tokens.items())}}
+
+
 FILES = ("s0.jsonl", "s1.jsonl", "s2.jsonl", "test.jsonl")
 SETTINGS = {
     "length": {"by": "tokens", "least": 20},
@@ -27,8 +35,7 @@ SETTINGS = {
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
     "capped": {"cap": 5},
     "tulu": {"parts": {"s0.jsonl": 4, "s1.jsonl": None}},
-    "dmo": {"runs": [{"tokens": {d: 100 * f if d == changed else 100 for d in FILES}, "loss": {d: 1 / (1 + i + f) for i, d in enumerate(FILES)}}
-                     for changed in FILES for f in (0.5, 2, 3)]},
+    "dmo": {"runs": [short_run(changed, factor) for changed in FILES for factor in (0.5, 2, 3)]},
     "skill_it": {"graph": {d: {d: 1.0} for d in FILES}, "losses": [{d: float(i) for i, d in enumerate(FILES)}]},
     "rejection_sampling": {"samples": 2, "max_new_tokens": 4},
     "ssr": {"max_new_tokens": 4},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -137,3 +140,58 @@ def test_a_mixture_keeps_the_held_out_rows(folder):
     made = run_step(folder, source, {"capped": {"cap": 2}})
     assert kept_ids(made, "heldout") == kept_ids(source, "heldout") and len(kept_ids(made)) == 2
     assert pq.read_table(made.file("kept.parquet")).num_rows == 3
+
+
+TULU = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>\n' + m.content.strip() + eos_token + '\n' }}"
+        "{% else %}{{ '<|' + m.role + '|>\n' + m.content.strip() + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+
+
+def test_in_tulus_format_the_answers_and_their_ends_are_trained_and_a_cut_dialogue_is_dropped(tiny_model):
+    from transformers import AutoTokenizer
+
+    from ftpipe.data.labels import LabelChecks
+    from ftpipe.data.render import Renderer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = TULU
+    renderer = Renderer(tokenizer)
+    turns = [{"role": r, "content": c} for r, c in (("user", " q1 "), ("assistant", "a1"), ("user", "q2"), ("assistant", " a2"))]
+    row = {"format": "messages", "messages": turns}
+    rendered = renderer.row(row)
+    assert tokenizer.decode(rendered.input_ids) == "<|user|>\nq1\n<|assistant|>\na1</s>\n<|user|>\nq2\n<|assistant|>\na2</s>\n".replace("</s>", "<|im_end|>")
+    assert tokenizer.decode([i for i, t in zip(rendered.input_ids, rendered.trained) if t]) == "a1<|im_end|>a2<|im_end|>"
+    n = len(rendered.input_ids)
+    reasons = {limit: next(LabelChecks(renderer, limit, require_bos=False).rows([row])).reason for limit in (n, n - 3, rendered.prompt_length)}
+    assert reasons == {n: None, n - 3: "answer is truncated", rendered.prompt_length: "prompt exceeds max_tokens"}
+    cut = next(LabelChecks(renderer, n - 3, truncate=True, require_bos=False).rows([row]))
+    assert cut.reason is None and cut.trained_tokens == sum(rendered.trained[: n - 3])
+
+
+def test_the_recipe_compares_every_source_with_both_mixtures(tmp_path):
+    """The file in configs/recipes, on sources of a few rows and with amounts to match, up to the rows that are trained on."""
+    import yaml
+
+    from ftpipe.pipeline.runner import run
+    from ftpipe.pipeline.spec import build
+
+    data = yaml.safe_load((Path(__file__).parents[2] / "configs" / "recipes" / "tulu.yaml").read_text().replace("100000", "3"))
+    names = [Path(s["jsonl"]["path"]).stem for s in data["stages"]["ingest"]["sources"]]
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate(names):
+        lines = [json.dumps({"prompt": f"{name} {k}?", "completion": f"answer {k}"}) for k in range(4 + i)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+    evaluate = data["stages"]["evaluate"]
+    trained = {s: v["rows"] for s, v in data["stages"].items() if v.get("kind") == "train"}
+    assert set(evaluate["controls"].values()) | {evaluate["candidate"]} == set(trained) and len(trained) == len(names) + 2
+    build(data, base=tmp_path)
+    data["stages"] = {s: v for s, v in data["stages"].items() if s == "ingest" or v.get("kind") == "curate"}
+    data["stages"]["ingest"]["heldout"] = {"share": 0}
+    for stage in data["stages"].values():
+        stage |= {"rows": "ingest"} if stage.get("kind") == "curate" else {}
+    made = run(build(data | {"workspace": str(tmp_path / "ws")}, base=tmp_path)).artifacts
+    sizes = {n: {n: 3 if n in ("flan_v2", "cot") else 4 + i} for i, n in enumerate(names)}
+    both = {n: c for part in sizes.values() for n, c in part.items()}
+    human = {n: both[n] for n in ("flan_v2", "cot", "dolly", "oasst1")}
+    got = sorted(({Path(s).stem: c for s, c in shown(a).items()} for n, a in made.items() if n != "ingest"), key=str)
+    assert got == sorted([*sizes.values(), both, human], key=str)

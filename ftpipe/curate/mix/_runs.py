@@ -55,6 +55,9 @@ def runs_of(evaluation: Artifact, by: str, suite: str, where: str, *, seen: bool
                         remedy="evaluate with the suite heldout_loss, and give its label if it has one")
     asked = next(a for a in inputs.values() if a.has(ROWS) or a.has(KEPT))
     domain = dict(zip(*labels(RowSet(asked), by, HELDOUT, where).to_pydict().values()))
+    stray = next((i for i in table["item_id"].to_pylist() if i not in domain), None)
+    if stray is not None:
+        raise DataError(f"item {stray} of the suite {suite!r} is no held-out row of {asked.name}", where=where, remedy="name a suite that asks held-out rows")
     sums: dict[str, dict[str, list[float]]] = {}
     for item in table.select(["system", "item_id", "score", "weight"]).to_pylist():
         of_system = sums.setdefault(item["system"], {}).setdefault(domain[item["item_id"]], [0.0, 0.0])
