@@ -44,7 +44,7 @@ class Answerer:
     """A model that answers conversations. It is loaded when an answer is not known yet, at most once; leaving its `with` lets go of it.
 
     Args:
-        ctx: for the cache, and to report progress; `ctx.notes` gains `generated` and `known`, numbers of answers.
+        ctx: for the cache, and to report progress; `ctx.notes` gains `generated` and `known`, numbers of conversations.
         model: as the configuration names it. adapter: artifact whose `adapter/` is put on it. dtype: type it is run in.
     """
 

@@ -50,16 +50,16 @@ def test_ssr_takes_what_the_checker_accepts(tmp_path, pool, tiny_model, monkeypa
     Scripted(script).install(monkeypatch)
     made = run_step(tmp_path, pool, {"ssr": {"checker": CHECKER}}, model=str(tiny_model))
     assert targets(made) == {"one": "It is 1", "two": "gold says 2", "three": "gold says 3", "four": "4", "five": "gold says 5", "six": "gold says 6"}
-    assert tags(pool, made) == {"one": "self", "two": "gold", "three": "gold", "four": "self", "five": "gold", "six": "self"}
+    assert tags(pool, made) == {"one": "self", "two": "gold", "three": "gold", "four": "self", "five": "gold", "six": "gold"}
     told = made.json("ssr.json")
-    assert told["targets"] == {"self": 3, "paraphrase": 0, "gold": 4} and told["shares"]["self"] == 3 / 7
-    assert made.counts["made"] == 1 and made.counts["not_new"] == 1, "the answer to six is that of a held-out row, so six stays; that to four is the row's"
+    assert told["targets"] == {"self": 2, "paraphrase": 0, "gold": 5} and told["shares"]["self"] == 2 / 7
+    assert made.counts["made"] == 1, "the answer to six is that of a held-out row, so six stays; that to four is the row's"
 
 
 def test_s3ft_prefers_its_own_answer_then_its_restatement_then_the_rows(tmp_path, pool, tiny_model, monkeypatch):
     scripted = Scripted(script).install(monkeypatch)
     made = run_step(tmp_path, pool, {"s3ft": {"checker": CHECKER}}, model=str(tiny_model))
-    assert tags(pool, made) == {"one": "self", "two": "paraphrase", "three": "gold", "four": "self", "five": "gold", "six": "self"}
+    assert tags(pool, made) == {"one": "self", "two": "paraphrase", "three": "gold", "four": "self", "five": "gold", "six": "gold"}
     assert targets(made)["two"] == "Two: 2" and targets(made)["three"] == "gold says 3" and targets(made)["five"] == "gold says 5"
     log = pq.read_table(made.file("generations.parquet")).to_pylist()
     asked = {r["row_id"]: r["messages"][0]["content"] for r in RowSet(pool).table().to_pylist() if r["messages"]}
@@ -69,11 +69,11 @@ def test_s3ft_prefers_its_own_answer_then_its_restatement_then_the_rows(tmp_path
     for name, tag in tags(pool, made).items():
         if tag == "gold":
             assert targets(made)[name] == gold[name]
-        elif name != "six":
+        else:
             assert targets(made)[name] == said[name, tag]["answer"] and said[name, tag]["accepted"]
             assert checker.accepts(Case([], targets(made)[name], gold[name]))
         assert (name, "paraphrase") not in said or not said[name, "self"]["accepted"], "what passed is not asked again"
-    assert len([a for a in scripted.asked if "correct answer" in a[1][-1]["content"]]) == 3
+    assert len([a for a in scripted.asked if "correct answer" in a[1][-1]["content"]]) == 4
     assert all("correct answer" not in r["messages"][0]["content"] for r in RowSet(made).table().to_pylist() if r["messages"]), "training never shows it"
 
 
@@ -136,7 +136,7 @@ def test_a_kill_loses_no_answer(tmp_path, pool, tiny_model, monkeypatch):
         run_step(tmp_path, pool, {"s3ft": {"checker": CHECKER}}, model=str(tiny_model))
     again = Scripted(script).install(monkeypatch)
     made = run_step(tmp_path, pool, {"s3ft": {"checker": CHECKER}}, model=str(tiny_model))
-    assert len(again.asked) == 9 - 7 and tags(pool, made)["two"] == "paraphrase"
+    assert len(again.asked) == 10 - 7 and tags(pool, made)["two"] == "paraphrase"
 
 
 def test_a_question_without_room_for_an_answer_keeps_its_row(tmp_path, tiny_model, monkeypatch):

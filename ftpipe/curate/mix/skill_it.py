@@ -31,7 +31,7 @@ class SkillIt(ShareMixer):
     """The mixture of the next round of training: share of skill i proportional to exp(eta sum_j A_ij L_j).
 
     A is the skills graph: A_ij > 0 where training on i lowers the loss on j; its rows are the skills trained on (the sources of these rows), its columns those
-    evaluated, which may be others. L_j is the loss on j, summed over the last `window` evaluations of the model in training, the newest last; with
+    evaluated, which may be others. L_j is the loss on j, summed over the last `window` evaluations, the newest last; with
     `targets` only those columns count, and the mean is taken instead of the sum (the paper's fine-tuning setting; its eta is then that many times
     weaker). Without evaluations, in the first round, every loss is 1. Each round starts from equal shares, no product is carried on.
 
@@ -40,8 +40,9 @@ class SkillIt(ShareMixer):
     no edge: 0. Runs are told apart by what they were trained on. Of the diagonal `pairs` say nothing; it is 1 then, as in the paper's synthetic graphs.
     `edge` replaces what was measured by one weight (0.5 in those), and the diagonal by 1.
 
-    A round is a mix step, a train stage of `amount` rows and an evaluate stage; the next round's step names the evaluations so far. The rows of a round are
-    drawn anew.
+    A round is a mix step of `amount` rows, a train stage and an evaluate stage; the next round's step names the evaluations so far, and draws its rows
+    anew. In the paper one model is trained through all rounds. A train stage starts from the base model, so here each round trains a new one, on a
+    mixture chosen by the losses of those before.
     """
 
     paper: ClassVar[str] = "Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models"
@@ -49,7 +50,7 @@ class SkillIt(ShareMixer):
     eta: float = Field(default=0.5, ge=0, description="How strongly losses move the shares; 0 gives equal shares.")
     window: int = Field(default=3, ge=1, description="Newest evaluations that count.")
     targets: list[str] = Field(default_factory=list, description="Evaluated skills that matter; all of the graph's if not set.")
-    evaluations: list[Ref] = Field(default_factory=list, description="Evaluate stages of the model in training (their candidate), the newest last.")
+    evaluations: list[Ref] = Field(default_factory=list, description="Evaluate stages of the rounds so far (their candidate counts), the newest last.")
     losses: list[dict[str, float]] = Field(default_factory=list, description="The same as numbers: loss by skill, the newest last; in place of evaluations.")
     graph: Graph = Field(default_factory=dict, description="Weights by trained skill, then by evaluated skill; 0 for those not named.")
     learn: Literal["linear", "pairs"] = Field(default="linear", description="How the graph is learned from `probes`.")
@@ -114,7 +115,8 @@ def linear(probes: list[dict[str, Run]], edge: float | None, where: str) -> Grap
                 falls.setdefault(skills[0], []).append({j: runs[BASE].loss[j] - loss for j, loss in run.loss.items()})
     if not falls:
         raise DataError("no probe was trained on one skill alone", where=where, remedy="train one on the rows of each skill, or set `learn: pairs`")
-    return {i: {j: _edge(sum(f[j] for f in each) / len(each), i, j, edge) for j in each[0]} for i, each in sorted(falls.items())}
+    return {i: {j: _edge(sum(f[j] for f in each) / len(each), i, j, edge) for j in sorted(set.intersection(*map(set, each)))}
+            for i, each in sorted(falls.items())}
 
 
 def pairs(probes: list[dict[str, Run]], edge: float | None, where: str) -> Graph:

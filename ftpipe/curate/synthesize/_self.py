@@ -11,7 +11,7 @@ from pydantic import Field
 from ftpipe.curate.step import StepContext
 from ftpipe.curate.synthesize._questions import Message, Question, questions
 from ftpipe.curate.synthesize.base import Synthesizer
-from ftpipe.data.rows import RowSet
+from ftpipe.data.rows import HELDOUT, RowSet, content_id
 from ftpipe.evaluate.checkers.base import Case
 from ftpipe.evaluate.checkers.judge import Judge
 from ftpipe.models.answers import Answerer
@@ -27,8 +27,8 @@ class SelfAnswers(Synthesizer):
     """Puts answers of the base model, decoded greedily, in the place of rows' answers where a checker accepts them.
 
     A row that is replaced is dropped, and a new one with the same conversation stands where it stood; rows that are no conversation ending with an answer
-    stay. An answer that did not end by itself is not accepted. Every row gets the annotation `target`: self, paraphrase or gold; new rows have it in their
-    meta. `generations.parquet` holds all that was generated, with the checker's verdict.
+    stay. An answer that did not end by itself, or that makes a row what a held-out row is, is not accepted. Every row gets the annotation `target`: self,
+    paraphrase or gold; new rows have it in their meta. `generations.parquet` holds all that was generated, with the checker's verdict.
     """
 
     uses_model: ClassVar[bool] = True
@@ -45,24 +45,23 @@ class SelfAnswers(Synthesizer):
     def make(self, rows: RowSet, ctx: StepContext) -> Iterator[dict[str, Any]]:
         asked = questions(rows)
         target = {q.row_id: (GOLD, q.gold) for q in asked}
+        secret = set(rows.table(HELDOUT, ["content_id"])["content_id"].to_pylist())
         log: list[tuple[str, str, str, bool]] = []
         with Answerer(ctx, model=ctx.model) as model:
-            for tag, prompts in ((SELF, [(q, q.asked) for q in asked]), (PARAPHRASE, [])):
-                if tag == PARAPHRASE:
-                    left = [q for q in asked if target[q.row_id][0] == GOLD]
-                    prompts = [(q, prompt) for q in left if (prompt := self.restated(q))]
-                answers = [a for a, in model.answers([prompt for _, prompt in prompts], max_new_tokens=self.max_new_tokens)] if prompts else []
-                usable = [(q, a.text) for (q, _), a in zip(prompts, answers) if a.usable]
-                accepted = {q.row_id for (q, _), yes in
-                            zip(usable, self.checker.check([Case(q.asked, text, q.gold) for q, text in usable], model.greedy)) if yes}
-                target |= {q.row_id: (tag, text) for q, text in usable if q.row_id in accepted}
-                log += [(q.row_id, tag, a.text, q.row_id in accepted) for (q, _), a in zip(prompts, answers)]
+            for tag, conversation in ((SELF, lambda q: q.asked), (PARAPHRASE, self.restated)):
+                left = [(q, turns) for q in asked if target[q.row_id][0] == GOLD and (turns := conversation(q))]
+                answers = [a for a, in model.answers([turns for _, turns in left], max_new_tokens=self.max_new_tokens)] if left else []
+                # what a held-out row says must not come back as a train row
+                usable = [(q, a.text) for (q, _), a in zip(left, answers) if a.usable and content_id(_row(q, a.text)) not in secret]
+                verdicts = self.checker.check([Case(q.asked, text, q.gold) for q, text in usable], model.greedy)
+                accepted = {q.row_id: (tag, text) for (q, text), yes in zip(usable, verdicts) if yes}
+                target |= accepted
+                log += [(q.row_id, tag, a.text, q.row_id in accepted) for (q, _), a in zip(left, answers)]
         self._write(asked, target, log, rows, ctx)
         for q in asked:
             tag, text = target[q.row_id]
             if text != q.gold:
-                yield {"format": "messages", "messages": q.answered(text), "replaces": q.row_id, "reason": REASONS[tag], "parents": [q.row_id],
-                       "meta": {"target": tag}}
+                yield _row(q, text) | {"replaces": q.row_id, "reason": REASONS[tag], "parents": [q.row_id], "meta": {"target": tag}}
 
     def _write(self, asked: list[Question], target: dict[str, tuple[str, str]], log: list[tuple[str, str, str, bool]], rows: RowSet, ctx: StepContext) -> None:
         import pyarrow as pa
@@ -80,3 +79,7 @@ class SelfAnswers(Synthesizer):
                     "shares": {t: counts[t] / len(ids) for t in (SELF, PARAPHRASE, GOLD)} if ids else {},
                     "examples": [{"question": q.asked[-1]["content"], "gold": q.gold, "target": target[q.row_id][1], "tag": target[q.row_id][0]}
                                  for q in shown]})
+
+
+def _row(question: Question, text: str) -> dict[str, Any]:
+    return {"format": "messages", "messages": question.answered(text)}
