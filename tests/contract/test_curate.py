@@ -178,6 +178,7 @@ def test_a_step_that_breaks_its_contract_is_found(workspace):
     from ftpipe.curate.dedup.base import Dedup
     from ftpipe.curate.filter.base import Filter
     from ftpipe.curate.select.base import Selector
+    from ftpipe.curate.synthesize.base import Synthesizer
     from ftpipe.errors import FtpipeError
 
     source = rows_artifact(workspace, [text(f"row {i}") for i in range(3)] + [text("held", split="heldout")])
@@ -185,7 +186,8 @@ def test_a_step_that_breaks_its_contract_is_found(workspace):
     held, = kept_ids(source, "heldout")
 
     def attempt(base, method, answer, **fields):
-        cls = type("Broken", (base,), {method: lambda self, rows, ctx: pa.table(answer), "method_name": "broken", "__module__": __name__})
+        given = answer if isinstance(answer, list) else pa.table(answer)
+        cls = type("Broken", (base,), {method: lambda self, rows, ctx: given, "method_name": "broken", "__module__": __name__})
         with pytest.raises(FtpipeError, match="fault in the method") as error:
             run_step(workspace, source, cls(**fields))
         return str(error.value)
@@ -196,4 +198,7 @@ def test_a_step_that_breaks_its_contract_is_found(workspace):
     assert "not a train row" in attempt(Filter, "judge", {"row_id": [a, b, held], "kept": [False] * 3} | yes)
     assert "without a reason" in attempt(Filter, "judge", {"row_id": kept_ids(source), "kept": [False] * 3, "reason": pa.nulls(3, pa.string())})
     assert "the keeper of" in attempt(Dedup, "duplicates", {"row_id": [a, b], "keeper": [b, a], "score": [1.0, 1.0]})
+    other = {"format": "text", "parents": [a], "replaces": a}
+    assert f"replaced {a}, which" in attempt(Synthesizer, "make", [other | {"text": "x"}, other | {"text": "y"}])
+    assert f"replaced {held}, which" in attempt(Synthesizer, "make", [other | {"text": "x", "replaces": held}])
     assert "chose 3 rows for a budget of 2" in attempt(Selector, "choose", {"row_id": [a, b], "times": [2, 1]}, budget={"rows": 2})

@@ -22,8 +22,8 @@ class S3ft(SelfAnswers):
 
     paper: ClassVar[str] = "Selective Self-to-Supervised Fine-Tuning for Generalization in Large Language Models"
 
-    restate: str = Field(default="{question}\n\nHere is the correct answer:\n{answer}\n\nGive the same answer in your own words. Do not mention that you were "
-                         "shown an answer.", description="What the model is asked to restate an answer; {question} and {answer} are filled in.")
+    restate: str = Field(default="{question}\n\nHere is the correct answer:\n{answer}\n\nGive the same answer in your own words.",
+                         description="What the model is asked to restate an answer; {question} and {answer} are filled in.")
 
     @field_validator("restate")
     @classmethod
