@@ -33,6 +33,7 @@ SETTINGS = {
     "by_annotation": {"column": "tokens", "descending": True},
     "instruction_variants": {"templates": ["Please answer: {prompt}", "{prompt}\nBe brief."]},
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
+    "high_resource_first": {"low": ["test.jsonl"]},
     "capped": {"cap": 5},
     "tulu": {"parts": {"s0.jsonl": 4, "s1.jsonl": None}},
     "dmo": {"runs": [short_run(changed, factor) for changed in FILES for factor in (0.5, 2, 3)]},

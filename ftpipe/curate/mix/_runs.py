@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ftpipe.curate.mix._sources import labels
+from ftpipe.curate.labels import labels
 from ftpipe.data.rows import HELDOUT, KEPT, ROWS, RowSet
 from ftpipe.errors import DataError
 from ftpipe.registry.ledger import adapter_content

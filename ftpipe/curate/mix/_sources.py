@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ftpipe.curate.budget import costs, fill
 from ftpipe.curate.draw import uniforms
+from ftpipe.curate.labels import labels
 from ftpipe.curate.mix.base import Mixer
 from ftpipe.curate.step import StepContext
 from ftpipe.data.rows import TRAIN, RowSet
@@ -18,9 +19,6 @@ from ftpipe.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-COLUMNS = ("source", "group", "format")
-
 
 @dataclass(frozen=True)
 class Sources:
@@ -163,22 +161,6 @@ class RateMixer(ShareMixer):
         if not shares.sum():
             raise DataError("every source has the weight 0", where=f"{ctx.name} ({self.name()}.weights)")
         return shares
-
-
-def labels(rows: RowSet, by: str, split: str, where: str) -> pa.Table:
-    """row_id and label (text) of the rows of a split, ascending by row_id: the column `by`, or the nearest annotation of that name ('' where it has none).
-
-    Raises DataError, at `where`, if there is neither.
-    """
-    if by in COLUMNS:
-        return rows.table(split, ["row_id", by]).sort_by("row_id").rename_columns(["row_id", "label"])
-    table = rows.annotation(by)
-    if table is None:
-        raise DataError(f"no step before this one annotates {by!r}", where=where, remedy="use source, group or format")
-    with rows.view() as con:
-        con.register("labels", table)
-        query = f"select row_id, coalesce(\"{by}\"::varchar, '') as label from rows left join labels using (row_id) where split = $split order by row_id"
-        return con.sql(query, params={"split": split}).to_arrow_table()
 
 
 def spread(sources: Sources, wanted: np.ndarray, draws: np.ndarray) -> np.ndarray:
