@@ -84,31 +84,8 @@ class Limit:
     cost: pa.Table
 
     def take(self, costs: np.ndarray, amount: int | None = None) -> np.ndarray:
-        """Which items of an order to take: indices into `costs`, ascending.
-
-        Items are taken from the front until the next one would exceed the budget; what is left is then offered to the items after it, in
-        order, and each that still fits is taken. So the sum never exceeds the budget, and no item that was passed over would fit.
-
-        Args:
-            costs: (n,) cost of each item in the order of preference. An item may be a row drawn again.
-            amount: fill this much, instead of the whole budget.
-        """
-        import numpy as np
-
-        costs = np.asarray(costs, dtype=np.int64)
-        amount = self.amount if amount is None else amount
-        total = np.cumsum(costs)
-        front = int(np.searchsorted(total, amount, side="right"))
-        left = amount - (int(total[front - 1]) if front else 0)
-        taken = [np.arange(front)]
-        start, step = front, 4096
-        while start < len(costs) and left > 0:
-            for i in start + np.flatnonzero(costs[start:start + step] <= left):
-                if costs[i] <= left:
-                    taken.append(np.array([i]))
-                    left -= int(costs[i])
-            start += step
-        return np.concatenate(taken).astype(np.int64)
+        """Which items of an order to take, see `fill`. amount: fill this much, instead of the whole budget."""
+        return fill(costs, self.amount if amount is None else amount)
 
     def used(self, chosen: pa.Table) -> int:
         """What `chosen` (row_id, times) costs."""
@@ -116,6 +93,32 @@ class Limit:
 
         joined = chosen.select(["row_id", "times"]).join(self.cost.select(["row_id", "cost"]), "row_id", join_type="inner")
         return pc.sum(pc.multiply(joined["times"].cast("int64"), joined["cost"])).as_py() or 0
+
+
+def fill(costs: np.ndarray, amount: int) -> np.ndarray:
+    """Which items of an order to take so that their costs come to at most `amount`: indices into `costs`, ascending.
+
+    Items are taken from the front until the next one would exceed the amount; what is left is then offered to the items after it, in
+    order, and each that still fits is taken. So the sum never exceeds the amount, and no item that was passed over would fit.
+
+    Args:
+        costs: (n,) cost of each item in the order of preference. An item may be a row drawn again.
+    """
+    import numpy as np
+
+    costs = np.asarray(costs, dtype=np.int64)
+    total = np.cumsum(costs)
+    front = int(np.searchsorted(total, amount, side="right"))
+    left = amount - (int(total[front - 1]) if front else 0)
+    taken = [np.arange(front)]
+    start, step = front, 4096
+    while start < len(costs) and left > 0:
+        for i in start + np.flatnonzero(costs[start:start + step] <= left):
+            if costs[i] <= left:
+                taken.append(np.array([i]))
+                left -= int(costs[i])
+        start += step
+    return np.concatenate(taken).astype(np.int64)
 
 
 def costs(rows: RowSet, ctx: StepContext, step: CurateStep, unit: str) -> pa.Table:

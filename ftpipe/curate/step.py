@@ -77,7 +77,7 @@ class CurateStep(Method):
             verdicts: row_id and any of: kept (bool, true), reason (text, for a dropped row), score (number), keeper (row_id that stays in a
                 dropped row's place), times (whole number that multiplies the row's repetition, 1; 0 drops it), key (anything that sorts:
                 train rows are put in ascending order of it, equal ones as they were). Train rows that it leaves out are kept.
-            made: new rows, see `Synthesizer.make`; they come after all others.
+            made: new rows, see `Synthesizer.make`; they come after all others, or in the place of the row they replace.
 
         Raises:
             DataError: if no train row came in, or none is left.

@@ -34,9 +34,9 @@ def choose_examples(rows: RowSet, count: int, seed: int) -> list[dict[str, Any]]
 
 def answer(system: System, questions: Sequence[dict[str, Any]], cache: Path, max_new_tokens: int, on_item: Callable[[bool], None]) -> list[dict[str, Any]]:
     """The system's greedy answers: item_id, suite, prompt (the last question), reference, system, answer. Known answers come from the cache."""
-    from ftpipe.evaluate.systems import Kept, shared_material
+    from ftpipe.evaluate.systems import kept_results, shared_material
 
-    kept = Kept.of(cache, system, {"examples": 1, "max_new_tokens": max_new_tokens} | shared_material())
+    kept = kept_results(cache, system, {"examples": 1, "max_new_tokens": max_new_tokens} | shared_material())
     known = kept.read()
     found = []
     for question in questions:

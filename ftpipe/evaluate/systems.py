@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import inspect
-import json
-import logging
-import os
-import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftpipe.canonical import digest, file_digest
 from ftpipe.evaluate.suites.base import Item, Score, Suite
+from ftpipe.models.kept import Kept
 
 if TYPE_CHECKING:
     from ftpipe.models.service import ModelService
@@ -27,9 +22,6 @@ BASE, ADAPTER, CHAMPION = "base", "adapter", "champion"
 CODE = ("data/render.py", "models/service.py", "evaluate/suites/base.py")
 """Files whose text decides a score, below the package's folder, beside the suite's own."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-FLUSH_SECONDS = 10.0
-"""At most so much work is lost by a kill."""
-log = logging.getLogger("ftpipe")
 
 
 @dataclass
@@ -70,59 +62,9 @@ def shared_material(libraries: Sequence[str] = ()) -> dict[str, Any]:
     return {"shared": {n: file_digest(package / n) for n in CODE}, "libraries": {n: version(n) for n in (*LIBRARIES, *libraries)}}
 
 
-@dataclass
-class Kept:
-    """Values by content hash, in a folder of shards that are only added to; safe for several processes and against kills.
-
-    A shard is named by the hash of its bytes; one that does not match its name is removed with a warning and its items are asked again.
-    """
-
-    folder: Path
-    pending: list[tuple[str, Any]] = field(default_factory=list)
-    flushed: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    def of(cls, cache: Path, system: System, material: dict[str, Any]) -> Kept:
-        """The values of one system under one suite (`material` as from `suite_material`)."""
-        return cls(cache / "evaluate" / digest({"system": system.identity, "material": material})[:32])
-
-    def read(self) -> dict[str, Any]:
-        """Every value that is known, by content."""
-        known: dict[str, Any] = {}
-        for path in sorted(self.folder.glob("*.jsonl")):
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                continue
-            if hashlib.sha256(data).hexdigest()[:32] != path.stem:
-                log.warning("results kept in %s are damaged and are made again", path)
-                path.unlink(missing_ok=True)
-                continue
-            for line in data.decode().splitlines():
-                content, value = json.loads(line)
-                known.setdefault(content, value)
-        return known
-
-    def add(self, content: str, value: Any) -> None:
-        """Keep a value; it reaches the disk within `FLUSH_SECONDS` of work, or with `flush`."""
-        self.pending.append((content, value))
-        if time.monotonic() - self.flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is pending as a new shard."""
-        self.flushed = time.monotonic()
-        if not self.pending:
-            return
-        data = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in self.pending).encode()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{uuid.uuid4().hex}"
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl")
-        self.pending = []
+def kept_results(cache: Path, system: System, material: dict[str, Any]) -> Kept:
+    """What is kept of one system under one suite (`material` as from `suite_material`)."""
+    return Kept(cache / "evaluate" / digest({"system": system.identity, "material": material})[:32])
 
 
 def results(system: System, suite: Suite, items: Sequence[Item], cache: Path, on_item: Callable[[bool], None]) -> Iterator[tuple[Item, list[Score]]]:
@@ -130,7 +72,7 @@ def results(system: System, suite: Suite, items: Sequence[Item], cache: Path, on
 
     `on_item` is called for each with whether it was asked now. Raises ValueError for a score that is not a finite number.
     """
-    kept = Kept.of(cache, system, suite_material(suite))
+    kept = kept_results(cache, system, suite_material(suite))
     known = kept.read()
     missing = list({i.content: i for i in items if i.content not in known}.values())
     for _ in range(len(items) - len(missing)):

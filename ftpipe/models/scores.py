@@ -116,14 +116,19 @@ class Entry:
                 setattr(self, name, getattr(other, name))
 
 
-def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str, max_length: int | None, form: Form | None) -> Path:
+def origin(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str) -> dict[str, Any]:
+    """What decides a number that a model gives for a row, beside the row and the settings: JSON that cache folders are named after."""
     package = Path(__file__).parent.parent
     base = {k: v for k, v in identity(model, ctx.env).items() if k in ("weights", "config", "tokenizer", "chat_template")}
-    material = {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "max_length": max_length, "device": default_device(),
-                "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
-                "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
+    return {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "device": default_device(),
+            "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
+            "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
+
+
+def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str, max_length: int | None, form: Form | None) -> Path:
+    material = origin(ctx, model, adapter, dtype) | {"max_length": max_length}
     if form is not None:
-        material |= {"form": form.key(), "form_code": file_digest(package / "data/forms.py")}
+        material |= {"form": form.key(), "form_code": file_digest(Path(__file__).parent.parent / "data/forms.py")}
     return ctx.env.cache / "scores" / digest(material)[:32]
 
 

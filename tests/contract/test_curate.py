@@ -16,6 +16,15 @@ from tests.models.data import trained_adapter
 
 SLOTS = sorted(s for s in slots.slots() if s.startswith("curate/"))
 METHODS = [(slot, name) for slot in SLOTS for name in slots.slots()[slot].names()]
+
+
+def short_run(changed: str, factor: float) -> dict:
+    """What a run with 100 tokens of each file, but `factor` times as many of one, may come to."""
+    tokens = {d: 100 * (factor if d == changed else 1) for d in FILES}
+    return {"tokens": tokens, "loss": {d: 1 + (i + 1) * n**-0.2 for i, (d, n) in enumerate(tokens.items())}}
+
+
+FILES = ("s0.jsonl", "s1.jsonl", "s2.jsonl", "test.jsonl")
 SETTINGS = {
     "length": {"by": "tokens", "least": 20},
     "decontaminate": {},
@@ -27,6 +36,14 @@ SETTINGS = {
     "grape": {},
     "source": {"keep": ["s0.jsonl", "s[12]*"]},
     "bsdetector": {"samples": 1, "max_new_tokens": 2},
+    "high_resource_first": {"low": ["test.jsonl"]},
+    "capped": {"cap": 5},
+    "tulu": {"parts": {"s0.jsonl": 4, "s1.jsonl": None}},
+    "dmo": {"runs": [short_run(changed, factor) for changed in FILES for factor in (0.5, 2, 3)]},
+    "skill_it": {"graph": {d: {d: 1.0} for d in FILES}, "losses": [{d: float(i) for i, d in enumerate(FILES)}]},
+    "rejection_sampling": {"samples": 2, "max_new_tokens": 4},
+    "ssr": {"max_new_tokens": 4},
+    "s3ft": {"max_new_tokens": 4, "checker": "exact"},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
 PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector"}
@@ -165,6 +182,7 @@ def test_a_step_that_breaks_its_contract_is_found(workspace):
     from ftpipe.curate.dedup.base import Dedup
     from ftpipe.curate.filter.base import Filter
     from ftpipe.curate.select.base import Selector
+    from ftpipe.curate.synthesize.base import Synthesizer
     from ftpipe.errors import FtpipeError
 
     source = rows_artifact(workspace, [text(f"row {i}") for i in range(3)] + [text("held", split="heldout")])
@@ -172,7 +190,8 @@ def test_a_step_that_breaks_its_contract_is_found(workspace):
     held, = kept_ids(source, "heldout")
 
     def attempt(base, method, answer, **fields):
-        cls = type("Broken", (base,), {method: lambda self, rows, ctx: pa.table(answer), "method_name": "broken", "__module__": __name__})
+        given = answer if isinstance(answer, list) else pa.table(answer)
+        cls = type("Broken", (base,), {method: lambda self, rows, ctx: given, "method_name": "broken", "__module__": __name__})
         with pytest.raises(FtpipeError, match="fault in the method") as error:
             run_step(workspace, source, cls(**fields))
         return str(error.value)
@@ -183,4 +202,7 @@ def test_a_step_that_breaks_its_contract_is_found(workspace):
     assert "not a train row" in attempt(Filter, "judge", {"row_id": [a, b, held], "kept": [False] * 3} | yes)
     assert "without a reason" in attempt(Filter, "judge", {"row_id": kept_ids(source), "kept": [False] * 3, "reason": pa.nulls(3, pa.string())})
     assert "the keeper of" in attempt(Dedup, "duplicates", {"row_id": [a, b], "keeper": [b, a], "score": [1.0, 1.0]})
+    other = {"format": "text", "parents": [a], "replaces": a}
+    assert f"replaced {a}, which" in attempt(Synthesizer, "make", [other | {"text": "x"}, other | {"text": "y"}])
+    assert f"replaced {held}, which" in attempt(Synthesizer, "make", [other | {"text": "x", "replaces": held}])
     assert "chose 3 rows for a budget of 2" in attempt(Selector, "choose", {"row_id": [a, b], "times": [2, 1]}, budget={"rows": 2})

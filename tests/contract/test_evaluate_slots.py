@@ -13,9 +13,10 @@ from ftpipe import slots
 from ftpipe.evaluate.suites.base import Suite
 from ftpipe.tune.base import Trial
 
-MINE = ("evaluate/suites", "evaluate/diagnostics", "merge", "edit", "compress", "tune")
+MINE = ("evaluate/suites", "evaluate/diagnostics", "evaluate/checkers", "merge", "edit", "compress", "tune")
 METHODS = [(slot, name) for slot in MINE for name in slots.slots()[slot].names()]
-REQUIRED = {("evaluate/suites", "lm_eval"): {"tasks": ["x"]}, ("tune", "grid"): {"values": {"stages.a.x": [1, 2], "stages.a.y": [3, 4]}},
+REQUIRED = {("evaluate/suites", "lm_eval"): {"tasks": ["x"]}, ("evaluate/checkers", "regex"): {"pattern": "answer is (.*)"},
+            ("tune", "grid"): {"values": {"stages.a.x": [1, 2], "stages.a.y": [3, 4]}},
             ("merge", "greedy_soup"): {"rows": "curated"}, ("merge", "regmean"): {"rows": {"one": "a", "two": "b"}}}
 
 

@@ -51,6 +51,24 @@ def test_every_system_is_scored_on_the_same_items_and_truth_is_found(world: Worl
     assert c["difference"] == pytest.approx(c["mean_b"] - c["mean_a"]) and c["low"] < c["difference"] < c["high"]
 
 
+def test_an_evaluation_can_be_read_as_runs_with_a_loss_for_each_domain(world: World, workspace: Path):
+    from ftpipe.curate.mix._runs import runs_of
+
+    artifact = evaluated(world, workspace, "good", controls={"random": "worse"})
+    found = runs_of(artifact, "group", "heldout_loss", "here", seen=False)
+    assert sorted(found) == ["adapter", "base", "random"]
+    items = [i for i in pq.read_table(artifact.file("items.parquet")).to_pylist() if i["suite"] == "heldout_loss"]
+    for system, run_ in found.items():
+        for group, loss in run_.loss.items():  # the slice of a held-out row is its group
+            these = [i for i in items if (i["system"], i["slice"]) == (system, group)]
+            assert loss == pytest.approx(sum(i["score"] * i["weight"] for i in these) / sum(i["weight"] for i in these)) and these
+    assert {g for r in found.values() for g in r.loss} == {i["slice"] for i in items}
+    with pytest.raises(DataError, match="does not say what was trained on"):
+        runs_of(artifact, "group", "heldout_loss", "here")
+    with pytest.raises(DataError, match="is no held-out row"):
+        runs_of(artifact, "group", "general_text", "here")
+
+
 def test_the_loss_is_the_one_computed_by_hand(world: World, workspace: Path):
     import torch
 

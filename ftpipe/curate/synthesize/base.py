@@ -25,6 +25,9 @@ class Synthesizer(CurateStep):
         format, and the columns of that format (`rows_schema`); parents: row_ids it was made from, at least one; perhaps meta (a dict for
         JSON) and group (that of the first parent by default, so that a later split cannot tear them apart). The base adds row_id, source,
         line and split, and leaves out a row that says what another row of the pipeline says already.
+
+        replaces: the row_id of a train row in whose place the new one stands, as often and when that one was seen; it is dropped for `reason`.
+        Such a row is left out only if it says what a held-out row says, and then the row it was to replace stays.
         """
 
     def drop(self, rows: RowSet, ctx: StepContext) -> pa.Table | None:

@@ -1,0 +1,1 @@
+"""Checkers: whether an answer is as good as a reference."""
