@@ -63,6 +63,10 @@ def plan_stage(pipeline: Pipeline, name: str, store: Store, inputs: dict[str, Ar
         if force:
             return Planned(name, stage.name(), True, "forced", key, material=made_of)
         return Planned(name, stage.name(), False, "unchanged", key, found)
+    last = None if force else _last(store, pipeline).get(name)
+    only_inputs = last is not None and last.manifest["material"] | {"inputs": None} == made_of | {"inputs": None}
+    if only_inputs and (enough := stage.good_enough(last, inputs, pipeline.env)):
+        return Planned(name, stage.name(), False, enough, last.key, last)
     return Planned(name, stage.name(), True, _why(store, pipeline, name, made_of), key, material=made_of)
 
 

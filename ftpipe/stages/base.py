@@ -170,6 +170,10 @@ class Stage(Method):
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         """Raise ConfigError for settings that cannot work, before anything of the pipeline runs. `pipeline` holds all stages by name."""
 
+    def good_enough(self, last: Artifact, inputs: dict[str, Artifact], env: Environment) -> str | None:
+        """Why the artifact this stage last had serves although its inputs changed (and nothing else did), or None to make it anew."""
+        return None
+
     def still_true(self, artifact: Artifact, env: Environment) -> str | None:
         """For stages with side effects: why the artifact's effect no longer holds, or None."""
         return None

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ftpipe.artifacts import Artifact
 from ftpipe.errors import ConfigError, DataError
 from ftpipe.slots import Method, choose
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
@@ -65,6 +66,8 @@ class Train(Stage):
     diverged: float = Field(default=2.0, ge=0, description="Stop when the loss climbs to this many times its lowest (means over 8 steps), plus one nat; "
                             "0 goes on whatever happens.")
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
+    retrain: float = Field(default=0.0, ge=0, lt=1, description="Keep the last adapter as long as no larger share of the rows has changed since it was trained "
+                           "(rows that came or went, of all in either set); 0 trains at any change.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
 
     @model_validator(mode="after")
@@ -82,7 +85,23 @@ class Train(Stage):
 
     def key_fields(self) -> dict[str, Any]:
         # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
-        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged"})
+        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain"})
+
+    def good_enough(self, last: Artifact, inputs: dict[str, Artifact], env: Environment) -> str | None:
+        if not self.retrain:
+            return None
+        import pyarrow.parquet as pq
+
+        from ftpipe.artifacts import DECISIONS
+        from ftpipe.data.forgotten import forgotten
+        from ftpipe.data.rows import RowSet
+
+        had = set(pq.read_table(last.file(DECISIONS), columns=["row_id"])["row_id"].to_pylist())
+        if any(row.partition("~")[0] in had for row in forgotten(env.workspace)):
+            return None
+        now = set(RowSet(inputs[self.rows]).table(columns=["row_id"])["row_id"].to_pylist())
+        moved = len(had ^ now) / max(len(had | now), 1)
+        return f"{moved:.1%} of the rows changed, and retrain is {self.retrain:.0%}" if moved <= self.retrain else None
 
     def externals(self, env: Environment) -> dict[str, Any]:
         from ftpipe.models.loading import identity

@@ -12,7 +12,7 @@ from ftpipe.pipeline import spec
 from ftpipe.pipeline.plan import plan
 from ftpipe.pipeline.runner import Selection, run, runs
 from ftpipe.pipeline.store import Store
-from tests.kinds import ran
+from tests.kinds import AboveStage, ran
 
 
 def go(**overrides):
@@ -141,3 +141,16 @@ def test_counts_must_add_up(project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(kinds.NumbersStage, "run", forgetful)
     with pytest.raises(FtpipeError, match="lost count"):
         go()
+
+
+def test_a_stage_may_find_what_it_last_made_good_enough(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where nothing but its inputs changed; what comes after sees the old artifact."""
+    first = go()
+    monkeypatch.setattr(AboveStage, "good_enough", lambda self, last, inputs, env: "near enough")
+    (project / "numbers.txt").write_text("1\n5\n9\n12\n13\n")
+    second = go()
+    states = {n: s["state"] for n, s in second.record["stages"].items()}
+    assert states == {"numbers": "built", "big": "reused", "bigger/0": "reused", "bigger/1": "reused", "total": "reused"}
+    assert second.record["stages"]["big"]["reason"] == "near enough" and second.artifacts["big"].key == first.artifacts["big"].key
+    third = go(big__threshold=5)
+    assert third.record["stages"]["big"]["state"] == "built", "its own settings changed"

@@ -169,3 +169,29 @@ def test_training_told_to_learn_nothing_leaves_an_adapter_that_says_so(tiny_mode
     assert json.loads((ctx.out / "adapter" / "ftpipe_adapter.json").read_text())["zero_delta"] is True
     assert all(not t.any() for n, t in planted.tensors(ctx).items() if "lora_B" in n)
     load_adapted(str(tiny_model), ctx.env, ctx.out / "adapter", dtype="float32")
+
+
+def test_an_adapter_is_kept_while_few_rows_changed_and_never_for_a_forgotten_one(tmp_path):
+    """Decided from the artifacts alone, so nothing is trained here."""
+    import pyarrow as pa
+
+    from ftpipe.artifacts import Artifact
+    from ftpipe.data.forgotten import forget
+
+    ctx = planted.context(tmp_path, lessons(10))
+    ctx.decide(pa.table({"row_id": [f"r{i}" for i in range(10)], "kept": [True] * 10}))
+    last, rows, env = Artifact(ctx.out), ctx.inputs["rows"], ctx.env
+
+    def now(n: int) -> Artifact:
+        folder = tmp_path / f"now{n}"
+        return Artifact(folder) if folder.exists() else planted.rows_artifact(folder, lessons(n))
+
+    def asked(retrain: float, artifact: Artifact) -> str | None:
+        return planted.stage(tmp_path, retrain=retrain).good_enough(last, {"rows": artifact}, env)
+
+    assert asked(0.0, rows) is None and "0.0% of the rows" in asked(0.1, rows)
+    assert "16.7% of the rows changed" in asked(0.2, now(12)) and asked(0.15, now(12)) is None
+    assert asked(0.2, now(9)) is not None and asked(0.2, now(7)) is None
+    assert planted.stage(tmp_path, retrain=0.3).key_fields() == planted.stage(tmp_path).key_fields()
+    forget(env.workspace, ["r3"])
+    assert asked(0.2, now(12)) is None
