@@ -68,6 +68,7 @@ class Train(Stage):
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
     retrain: float = Field(default=0.0, ge=0, lt=1, description="Keep the last adapter as long as no larger share of the rows has changed since it was trained "
                            "(rows that came or went, of all in either set); 0 trains at any change.")
+    share_devices: bool = Field(default=False, description="Train on GPUs that other trainings of this machine use too; otherwise wait until they are free.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
 
     @model_validator(mode="after")
@@ -85,7 +86,7 @@ class Train(Stage):
 
     def key_fields(self) -> dict[str, Any]:
         # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
-        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain"})
+        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain", "share_devices"})
 
     def good_enough(self, last: Artifact, inputs: dict[str, Artifact], env: Environment) -> str | None:
         if not self.retrain:
@@ -168,7 +169,8 @@ class Train(Stage):
         if not Path(job.result).is_dir():
             if job.device == "cpu" and job.world > launching.cores():
                 ctx.log.warning("%d ranks share %d processors", job.world, launching.cores())
-            launching.launch(job, ctx.work, hear=heard, log=ctx.log.info, render=lambda: rendering.render(self, ctx, table, Path(job.tokens)))
+            launching.launch(job, ctx.work, hear=heard, log=ctx.log.info, render=lambda: rendering.render(self, ctx, table, Path(job.tokens)),
+                             share=self.share_devices)
         outcome.finish(self, ctx, job, table, heard)
 
     def _job(self, ctx: StageContext, identity: dict[str, str]) -> Job:

@@ -8,12 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ftpipe
 from ftpipe.errors import InfrastructureError
+from ftpipe.train.claim import claimed, visible
 from ftpipe.train.setup import Job
 from ftpipe.train.supervise import Child, supervised
 
@@ -41,7 +43,8 @@ def threads(ranks: int) -> int:
     return min(share, int(asked)) if asked.isdigit() and int(asked) > 0 else share
 
 
-def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None]) -> None:
+def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None],
+           share: bool = False) -> None:
     """Run the job's ranks to the end, or raise what went wrong; no rank is left either way.
 
     Args:
@@ -50,14 +53,23 @@ def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log:
         hear: called with what rank 0 reports.
         log: called with lines for the stage's log.
         render: makes `job.tokens`; runs while the ranks import their libraries.
+        share: do not claim GPUs; others may train on them at the same time.
     """
+    with ExitStack() as held:
+        mine: list[str] | None = None
+        if job.device == "cuda" and not share:
+            mine = held.enter_context(claimed(job.world, visible(devices()), log))
+        _run(job, work, mine, hear, log, render)
+
+
+def _run(job: Job, work: Path, gpus: list[str] | None, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None]) -> None:
     Path(job.checkpoints).mkdir(parents=True, exist_ok=True)
     for old in work.glob("start-*"):
         shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="start-", dir=work))
     job = replace(job, rendezvous=str(folder / "rendezvous"))
     job.write(folder / "job.json")
-    commands = {f"rank {r}": ([sys.executable, "-m", "ftpipe.train.rank", str(folder / "job.json")], environment(job, r)) for r in range(job.world)}
+    commands = {f"rank {r}": ([sys.executable, "-m", "ftpipe.train.rank", str(folder / "job.json")], environment(job, r, gpus)) for r in range(job.world)}
     began = time.monotonic()
 
     def heard(child: Child, event: dict[str, Any]) -> None:
@@ -80,8 +92,8 @@ def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log:
     log(f"ranks ended after {time.monotonic() - began:.1f} s")
 
 
-def environment(job: Job, rank: int) -> dict[str, str]:
-    """The environment of one rank."""
+def environment(job: Job, rank: int, gpus: list[str] | None = None) -> dict[str, str]:
+    """The environment of one rank, which sees `gpus` only if they are given."""
     env = dict(os.environ)
     here = str(Path(ftpipe.__file__).parents[1])
     env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world), "LOCAL_WORLD_SIZE": str(job.world), "MASTER_ADDR": "127.0.0.1",
@@ -94,4 +106,6 @@ def environment(job: Job, rank: int) -> dict[str, str]:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine; a host name that does not resolve is no obstacle
     if job.device == "cuda":
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return env

@@ -77,7 +77,7 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     summary = {"steps": len(steps), "epochs": steps[-1][0] + 1, "rows": len(seen), "tokens": sum(m["tokens"] for m in trained),
                "trained_tokens": sum(m["trained_tokens"] for m in trained), "first_loss": trained[0]["loss"], "last_loss": trained[-1]["loss"],
                "trainable": told["trainable"], "parameters": told["parameters"], "settings": stage.dump()[stage.name()]}
-    for name in ("ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain"):
+    for name in ("ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain", "share_devices"):
         summary["settings"].pop(name)
     (ctx.out / "train.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     ctx.counts |= {"steps": len(steps), "tokens": summary["tokens"], "trained_tokens": summary["trained_tokens"]}
