@@ -291,8 +291,8 @@ def _table(wanted: pa.Table, known: dict[str, Entry], want: Collection[Want]) ->
                "tokens": pa.array([e.tokens for e in entries], pa.int32()), "problem": pa.array([e.problem for e in entries], pa.string())}
     if "embedding" in want:
         flat = [e.embedding for e in entries if e.embedding is not None]
-        offsets = np.concatenate([[0], np.cumsum([0 if e.embedding is None else len(e.embedding) for e in entries])]).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum([0 if e.embedding is None else len(e.embedding) for e in entries])]).astype(np.int64)
         null = pa.array([e.embedding is None for e in entries], pa.bool_())
         values = pa.array(np.concatenate(flat) if flat else np.zeros(0, np.float32), pa.float32())
-        columns["embedding"] = pa.ListArray.from_arrays(pa.array(offsets), values, mask=null)
+        columns["embedding"] = pa.LargeListArray.from_arrays(pa.array(offsets), values, mask=null)
     return pa.table(columns)
