@@ -78,3 +78,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(config, call, said):
     with pytest.raises(ConfigError, match=said):
         call(config)
     assert not config.with_name("x.yaml").exists() and not list(config.parent.glob(".*.new"))
+
+
+def test_the_shipped_comparison_trains_every_arm_on_the_same_rows():
+    pipeline = spec.load(Path(__file__).parents[2] / "configs" / "compare.yaml")
+    study = pipeline.stages["compare_study"]
+    arms = [pipeline.stages[made] for made, in study.arms.values()]
+    assert list(study.arms) == ["lora", "pissa", "dft", "bitfit", "lisa", "full"] and len({(a.rows, a.epochs, a.rows_per_step, a.seed) for a in arms}) == 1
+    assert arms[0].key_fields() == pipeline.stages["adapter"].key_fields(), "the quickstart's own adapter is one of them"
+    assert [a.adapt.name() for a in arms] == ["lora", "pissa", "lora", "bitfit", "lisa", "full"] and arms[2].objective.name() == "dft"
