@@ -56,4 +56,5 @@ class Scripted:
         from ftpipe.models.service import ModelService
 
         monkeypatch.setattr(ModelService, "open", self)
+        monkeypatch.setattr("ftpipe.models.answers.gc", SimpleNamespace(collect=lambda: 0))  # there is no model whose memory could come back
         return self

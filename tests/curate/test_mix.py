@@ -39,14 +39,11 @@ def shown(made, weight: dict[str, int] | None = None) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("step", "expected"), [
-    ({"proportional": {}}, {"big": 80, "mid": 16, "tiny": 4}),
     ({"proportional": {"amount": 50}}, {"big": 40, "mid": 8, "tiny": 2}),
     ({"proportional": {"total": 2.5}}, {"big": 200, "mid": 40, "tiny": 10}),
     ({"proportional": {"weights": {"tiny": 4}, "total": 1}}, {"big": 72, "mid": 14, "tiny": 14}),  # 80, 16, 16 of 112: 71.43, 14.29, 14.29
     ({"capped": {"cap": 16}}, {"big": 16, "mid": 16, "tiny": 4}),
     ({"capped": {"cap": 16, "total": 1}}, {"big": 45, "mid": 44, "tiny": 11}),
-    ({"capped": {"cap": 1000}}, SIZES),
-    ({"temperature": {"cap": 16, "total": 0.36}}, {"big": 16, "mid": 16, "tiny": 4}),
     ({"tulu": {}}, SIZES),
     ({"tulu": {"parts": {"big": 20, "tiny": None}}}, {"big": 20, "tiny": 4}),
 ])

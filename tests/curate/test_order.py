@@ -9,7 +9,7 @@ from ftpipe.errors import DataError
 from tests.artifacts import kept_ids, rows_artifact, run_step, text
 
 
-@pytest.mark.parametrize(("rate", "second"), [(0.5, 40), (0.25, 80), (1.0, 20), (20 / 220, 220)])
+@pytest.mark.parametrize(("rate", "second"), [(0.25, 80), (1.0, 20), (20 / 220, 220)])
 def test_scarce_sources_come_in_the_second_part_only_at_the_set_rate(tmp_path, rate, second):
     pool = rows_artifact(tmp_path, [text(f"{s}{i}", source=s) for s, n in (("a", 150), ("b", 50), ("rare", 12), ("odd", 8)) for i in range(n)])
     step = {"high_resource_first": {"low": ["rare", "odd"], "rate": rate}}

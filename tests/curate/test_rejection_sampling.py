@@ -84,7 +84,7 @@ def test_right_answers_on_different_paths_are_added(tmp_path, pool, tiny_model, 
 
 def test_more_samples_begin_with_the_fewer_and_never_leave_fewer_paths(tmp_path, pool, tiny_model, scripted):
     counts, asked = [], []
-    for k in (1, 3, 8, 11, 24):
+    for k in (1, 5, 24):
         made = sampled(tmp_path, pool, tiny_model, samples=k)
         log = [r["answer"] for r in pq.read_table(made.file("generations.parquet")).to_pylist() if r["row_id"] == kept_ids(pool)[0]]
         assert len(log) == k and log[: len(asked)] == asked

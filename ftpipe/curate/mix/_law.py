@@ -19,7 +19,7 @@ EDGE = 1e-9
 """Nearest that a weight comes to 0 and 1: the loss (without transfer) is infinite at 0, the slope of k rest^alpha at rest = 0."""
 SPREAD = 1.05
 """Tokens of the other domains differ between runs if the most are this many times the least."""
-STARTS = 8
+STARTS = 4
 
 
 @dataclass(frozen=True)
