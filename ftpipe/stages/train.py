@@ -65,6 +65,8 @@ class Train(Stage):
     diverged: float = Field(default=2.0, ge=0, description="Stop when the loss climbs to this many times its lowest (means over 8 steps), plus one nat; "
                             "0 goes on whatever happens.")
     checkpoint_every: int = Field(default=50, ge=0, description="Steps between checkpoints; 0 writes none.")
+    keep_optimizer: bool = Field(default=False, description="Keep the optimizer's state at the end of training beside the adapter (`optimizer.safetensors`), "
+                                 "for selections that ask what a row's next update would be, such as `less`.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
 
     @model_validator(mode="after")
@@ -164,4 +166,4 @@ class Train(Stage):
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
                    checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
-                   offload=self.offload == "optimizer", kernels=self.kernels, diverged=self.diverged)
+                   offload=self.offload == "optimizer", kernels=self.kernels, diverged=self.diverged, keep_optimizer=self.keep_optimizer)
