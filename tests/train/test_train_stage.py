@@ -130,7 +130,7 @@ def test_a_killed_finish_does_not_train_again(trained, tiny_model):
     before = planted.payload(ctx)
     told = planted.Told()
     again = planted.context(ctx.out.parent, [], listener=told)
-    planted.stage(tiny_model, epochs=2, zero=2, regularizers=["l2_start"]).run(again)
+    planted.stage(tiny_model, epochs=2, zero=2, regularizers=["l2_start"], keep_optimizer=True).run(again)
     assert planted.payload(again) == before and not told.steps
 
 
