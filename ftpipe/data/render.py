@@ -98,6 +98,16 @@ class Renderer:
         """The tokens inference starts from: the conversation so far and the generation prompt."""
         return self._encode([_Piece(self._template(messages, generate=True), first=True)])[0].ids
 
+    def continued(self, pairs: Sequence[tuple[str, str]]) -> list[Rendered]:
+        """Plain texts, each with what continues it, tokenised apart: the continuation is trained. BOS is put in front where the tokenizer does so itself;
+        nothing is appended."""
+        encoded = self._encode([piece for text, more in pairs for piece in (_Piece(text, first=True), _Piece(more))])
+        results = []
+        for text, more in zip(encoded[::2], encoded[1::2]):
+            before = [self.bos] * self.adds_bos + text.ids
+            results.append(Rendered(before + more.ids, [False] * len(before) + [True] * len(more.ids), len(before)))
+        return results
+
     def row(self, row: dict[str, Any]) -> Rendered:
         """A row of `rows_schema()` by its format; for a preference row the chosen answer."""
         return self._one(row)

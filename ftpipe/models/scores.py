@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftpipe.artifacts import Artifact
+    from ftpipe.data.forms import Form
     from ftpipe.data.render import Rendered
     from ftpipe.models.service import RowScore
     from ftpipe.stages.base import StageContext
@@ -50,7 +51,7 @@ def shard_schema(embedding: bool = True) -> pa.Schema:
 
 def score_rows(rows: RowSet, ctx: StageContext, *, model: str, split: str | None = TRAIN, want: Collection[Want] = ("loss", "embedding"),
                adapter: Artifact | None = None, only: Collection[str] | None = None, dtype: DType = "bfloat16", max_length: int | None = None,
-               flush_seconds: float = FLUSH_SECONDS) -> pa.Table:
+               form: Form | None = None, flush_seconds: float = FLUSH_SECONDS) -> pa.Table:
     """Losses and embeddings of rows under a model, from the cache where they are known.
 
     Args:
@@ -59,6 +60,7 @@ def score_rows(rows: RowSet, ctx: StageContext, *, model: str, split: str | None
         want: `loss` needs the output head, `embedding` does not. A pass of the base model for the loss of all rows keeps the embedding too, which costs nothing
             beside it, so that a later step that clusters needs no pass of its own.
         dtype: of the forward pass; losses are taken in float32. max_length: tokens a row is cut to, the model's context by default.
+        form: what is shown to the model in the row's place; the row as it is trained on by default.
     Returns a table in ascending order of row_id: row_id, content_id, nll (nats), trained_tokens, loss (nll / trained_tokens, null without one), tokens,
     problem (why a row could not be scored, else null) and, if wanted, embedding (list of float32). See `service.RowScore` for what they mean.
     `ctx.notes` gains `scored` and `cached`: numbers of different row contents that a forward pass was spent on and that were known.
@@ -72,15 +74,15 @@ def score_rows(rows: RowSet, ctx: StageContext, *, model: str, split: str | None
 
         wanted = wanted.filter(pc.is_in(wanted["row_id"], value_set=pa.array(sorted(only), pa.string())))
     contents = sorted(set(wanted["content_id"].to_pylist()))
-    cache = Cache(_folder(ctx, model, adapter, dtype, max_length))
+    cache = Cache(_folder(ctx, model, adapter, dtype, max_length, form))
     known = cache.read(contents, want)
     missing = [c for c in contents if not known.get(c, Entry()).answers(want)]
     ctx.notes["scored"] = ctx.notes.get("scored", 0) + len(missing)
     ctx.notes["cached"] = ctx.notes.get("cached", 0) + len(contents) - len(missing)
     if missing:
-        spend = {*want, "embedding"} if adapter is None and only is None and "loss" in want else want
+        spend = {*want, "embedding"} if adapter is None and only is None and form is None and "loss" in want else want
         tokens = _score(rows, ctx, cache, known, missing, model=model, split=split, want=spend, adapter=adapter, dtype=dtype, max_length=max_length,
-                        flush_seconds=flush_seconds)
+                        form=form, flush_seconds=flush_seconds)
         seconds = time.monotonic() - began
         ctx.notes.setdefault("scoring", []).append({"rows": len(missing), "tokens": tokens, "seconds": round(seconds, 2)})
         ctx.log.info("scored %d rows (%d tokens) in %.0f s; %d were known", len(missing), tokens, seconds, len(contents) - len(missing))
@@ -114,12 +116,14 @@ class Entry:
                 setattr(self, name, getattr(other, name))
 
 
-def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str, max_length: int | None) -> Path:
+def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str, max_length: int | None, form: Form | None) -> Path:
     package = Path(__file__).parent.parent
     base = {k: v for k, v in identity(model, ctx.env).items() if k in ("weights", "config", "tokenizer", "chat_template")}
     material = {"base": base, "adapter": adapter.content if adapter else None, "dtype": dtype, "max_length": max_length, "device": default_device(),
                 "code": {str(f.relative_to(package)): file_digest(f) for n in CODE for f in _files(package / n)},
                 "libraries": {n: version(n) for n in ("torch", "transformers", "tokenizers", "peft")}}
+    if form is not None:
+        material |= {"form": form.key(), "form_code": file_digest(package / "data/forms.py")}
     return ctx.env.cache / "scores" / digest(material)[:32]
 
 
@@ -211,7 +215,8 @@ def _vectors(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry], missing: list[str], *, model: str, split: str | None,
-           want: Collection[Want], adapter: Artifact | None, dtype: DType, max_length: int | None, flush_seconds: float) -> int:
+           want: Collection[Want], adapter: Artifact | None, dtype: DType, max_length: int | None, form: Form | None,
+           flush_seconds: float) -> int:
     """Score the contents in `missing`, adding to `known` and the cache. Returns the number of tokens that went through the model."""
     from ftpipe.models.service import ModelService
 
@@ -225,7 +230,7 @@ def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry
         cache.pending.append((content, entry))
         known.setdefault(content, Entry()).add(entry)
 
-    for row, result in zip(*_rendered(rows, service.renderer, set(missing), split)):
+    for row, result in zip(*_rendered(rows, service.renderer, set(missing), split, form)):
         if isinstance(result, Exception) or not result.input_ids:
             remember(row, Entry(trained_tokens=0, tokens=0, problem=getattr(result, "reason", "the row has no tokens")))
         else:
@@ -254,8 +259,8 @@ def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry
     return total
 
 
-def _rendered(rows: RowSet, renderer: Any, missing: set[str], split: str | None) -> tuple[list[str], list[Any]]:
-    """Content ids in `missing` and what the renderer makes of their rows, each once, in ascending order."""
+def _rendered(rows: RowSet, renderer: Any, missing: set[str], split: str | None, form: Form | None) -> tuple[list[str], list[Any]]:
+    """Content ids in `missing` and what the renderer, or the form, makes of their rows, each once, in ascending order."""
     import pyarrow as pa
 
     columns = ["content_id", "format", "messages", "chosen", "rejected", "text"]
@@ -265,7 +270,7 @@ def _rendered(rows: RowSet, renderer: Any, missing: set[str], split: str | None)
     names = [c for c, f in zip(ids, first) if f]
     results: list[Any] = []
     for batch in table.filter(pa.array(first, pa.bool_())).to_batches(max_chunksize=READ):
-        results += renderer.rows(batch.to_pylist())
+        results += form.rows(renderer, batch.to_pylist()) if form else renderer.rows(batch.to_pylist())
     return names, results
 
 

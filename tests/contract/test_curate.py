@@ -28,9 +28,12 @@ SETTINGS = {
     "instruct_mining": {"coefficients": {"output_length": -0.01, "mtld": 0.02, "perplexity": 0.001, "knn_2": -0.3}, "budget": {"share": 0.5}},
     "deft_ucs": {"clusters": 3, "easy": 0.5, "budget": {"share": 0.5}},
     "perplexity_correlations": {"table": "models.csv", "budget": {"share": 0.5}},
+    "grape": {},
+    "source": {"keep": ["s0.jsonl", "s[12]*"]},
+    "bsdetector": {"samples": 2, "max_new_tokens": 4},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
-PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling"}
+PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector", "less", "instruct_mining", "deft_ucs"}
 """Methods whose numbers come from a model: batches of another make-up change the last digits of a score, so only the rows are compared."""
 
 WORDS = ["it", "takes", "the", "name", "of", "a", "file", "and", "gives", "back", "what", "is", "in", "it", "as", "text"]
@@ -75,7 +78,7 @@ def settings(slot: str, name: str) -> dict:
 
 
 def apply(workspace, slot, name, rows, extra, tiny_model, *, seed=3):
-    source = rows_artifact(workspace, rows, annotations={"tokens": [tokens(r) for r in rows]})
+    source = rows_artifact(workspace, rows, annotations={"tokens": [tokens(r) for r in rows], "confidence": [tokens(r) % 10 / 10 for r in rows]})
     method = slots.slots()[slot].get(name)(**settings(slot, name))
     wanted = {ref: extra[ref] for ref in _refs(method)}
     return run_step(workspace, source, method, seed=seed, model=str(tiny_model), **wanted)

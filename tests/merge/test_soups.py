@@ -56,6 +56,15 @@ def test_a_real_soup_takes_what_helps_and_reports_the_rest(world: World, env):
     assert parts["zero"]["selection"] != parts["zero"]["rest"], "other groups, other items"
 
 
+def test_a_soup_of_one_model_or_of_its_copies_is_that_model(world: World, env):
+    rows = {"rows": rows_artifact(env.workspace, world.rows, name="rows")}
+    truth = by_hand(world, env, {"good": 1.0})
+    for method in ({"greedy_soup": {"rows": "rows"}}, "uniform_soup"):
+        for copies in (1, 3):
+            made = stage(world, env, "merge", {f"copy{i}": world.adapters["good"] for i in range(copies)}, method=method, inputs=rows)
+            assert close(logits(world, env, made.file("adapter")), truth)
+
+
 def test_the_scores_of_a_choice_are_those_of_the_evaluation(world: World, env):
     """The loss that the soup saw for one adapter is that of the model service with the adapter as it is, over all held-out rows."""
     from ftpipe.data.render import Renderer

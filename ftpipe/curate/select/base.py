@@ -36,7 +36,7 @@ class Selector(CurateStep):
 
     @abstractmethod
     def choose(self, rows: RowSet, ctx: StepContext) -> pa.Table:
-        """The chosen train rows: row_id, times (how often it was drawn), score (number or null), perhaps reason.
+        """The chosen train rows: row_id, times (how often it was drawn), score (number or null), perhaps reason and keeper.
 
         Rows left out are dropped; list them with times 0 to give their score or a reason. `self.limit(rows, ctx)` gives the budget in
         numbers, and `limit.take(costs)` fills it from rows in an order.

@@ -1,0 +1,1 @@
+"""The recipes of papers as pipelines: copy one beside your data and name your files in it."""
