@@ -96,9 +96,9 @@ def test_answers_have_no_part_in_the_choice(tmp_path, tiny_model):
         with RowSet(out).view() as con:
             return sorted(q for q, in con.execute("select messages[1].content from rows where split = 'train'").fetchall())
 
-    one, other = deft(tmp_path, tiny_model, asked(), easy=0.5), deft(tmp_path, tiny_model, asked(shift=11), easy=0.5)
+    one, other = (deft(tmp_path, tiny_model, asked(shift=s), easy=0.5, clusters=9, budget={"rows": 26}) for s in (0, 11))
     assert questions(one) == questions(other) and set(kept_ids(one)).isdisjoint(kept_ids(other))
-    assert questions(deft(tmp_path, tiny_model, asked(), easy=0.5, seed=2)) != questions(one)
+    assert questions(deft(tmp_path, tiny_model, asked(), easy=0.5, clusters=9, budget={"rows": 26}, seed=2)) != questions(one)
 
 
 def test_the_seed_set_and_the_core_set_are_apart_and_fill_the_budget(tmp_path, tiny_model):

@@ -138,7 +138,7 @@ def test_projected_similarities_are_within_the_error_of_a_random_projection(worl
         error = np.array([line["score"] - cosine(by_row[i], target) for i, line in decisions(out).items()])
         assert 0 < np.sqrt((error ** 2).mean()) < 2 * dimensions ** -0.5 and np.abs(error).max() < 4 * dimensions ** -0.5
         assert out.json("less.json")["projection_error"] == dimensions ** -0.5
-    assert sorted(kept_ids(less(world, tiny_model, dimensions=2048))) == sorted(kept_ids(less(world, tiny_model)))
+    assert sorted(kept_ids(out)) == sorted(r["row_id"] for r in complete(world[1])[::2])
 
 
 def test_the_sketch_keeps_inner_products_with_the_variance_that_it_states():
@@ -205,7 +205,8 @@ def test_with_the_optimizers_state_rows_are_scored_by_the_update_that_adamw_woul
         assert line["score"] == pytest.approx(cosine(state.update(by_row[row_id]), target), abs=1e-3)
     plain = less(world, tiny_model, reference="kept", references={"kept": kept}, adam=False)
     assert plain.json("less.json")["update"] == "gradient"
-    assert {i: d["score"] for i, d in decisions(plain).items()} == {i: d["score"] for i, d in decisions(less(world, tiny_model)).items()}
+    for row_id, line in decisions(plain).items():
+        assert line["score"] == pytest.approx(cosine(by_row[row_id], target), abs=2e-4)
 
 
 def test_a_state_that_is_not_there_or_not_adams_is_refused(world, tiny_model, truth):
@@ -284,4 +285,4 @@ def test_what_has_no_gradient_is_said(world, tiny_model):
     with pytest.raises(ConfigError, match="makes no adapter"):
         less(world, tiny_model, reference="words")
     held = [*rows, *({**letters(i), "split": "heldout"} for i in range(200, 204))]
-    assert sorted(kept_ids(less(world, tiny_model, held, target=None))) == sorted(kept_ids(less(world, tiny_model)))
+    assert sorted(kept_ids(less(world, tiny_model, held, target=None))) == sorted(r["row_id"] for r in complete(rows)[::2])

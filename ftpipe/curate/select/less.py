@@ -37,8 +37,8 @@ class Less(Selector):
 
     The reference is a LoRA adapter that was warmed up on a part of the rows. For each row the gradient g of its mean token loss is taken with respect to the
     LoRA parameters there; the target's gradient is that of the mean loss of its rows. The score is the cosine similarity of the two: minus it, times the
-    length of the target's gradient, is to first order how the target's loss changes for each unit of length of a step along -g. Rows are scored alike
-    whatever the length of their gradient, which favours short rows. With the state of AdamW (a train stage with `keep_optimizer: true`), a row's gradient is
+    length of the target's gradient, is to first order how the target's loss changes for each unit of length of a step along -g. The length of
+    g, which is larger for short rows, does not count. With the state of AdamW (a train stage with `keep_optimizer: true`), a row's gradient is
     replaced by the update that AdamW would make of it; without, plain gradient descent is assumed, and the report says which.
 
     Several references (the same warm-up ended after one epoch, two, ...) are summed with the mean learning rate of each one's last epoch as weight
