@@ -127,29 +127,16 @@ class RowGradients:
     def sketch(self) -> Sketch | None:
         return Sketch.draw(sum(p.numel() for p in self.parameters.values()), self.dimensions, self.seed) if self.dimensions else None
 
-    def adamw(self) -> dict[str, float]:
-        """The settings of AdamW in the adapter's training. Raises ConfigError if another optimizer trained it, or its state was not kept."""
-        if not has_state(self.adapter):
-            raise self._stateless("the state of the optimizer is not there")
-        settings = self.adapter.json("train.json")["settings"]["optimizer"].get("adamw")
-        if settings is None:
-            raise self._stateless("the state of the optimizer is not that of AdamW")
-        return settings
-
-    def _stateless(self, what: str) -> ConfigError:
-        return ConfigError(what, where=f"{self.ctx.name}: {self.adapter.name}",
-                           remedy="train it with `keep_optimizer: true`, `adapt: lora` and `optimizer: adamw`, or set adam: false")
-
     @cached_property
     def state(self) -> AdamState:
         """AdamW's state at the end of training. Raises ConfigError if it was not kept, or is not of these parameters."""
         import numpy as np
         from safetensors.numpy import load_file
 
-        settings, kept = self.adamw(), load_file(self.adapter.file(OPTIMIZER))
+        settings, kept = adamw_settings(self.adapter, self.ctx.name), load_file(self.adapter.file(OPTIMIZER))
         wanted = {n: (f"{n}/exp_avg", f"{n}/exp_avg_sq", f"{n}/step") for n in self.parameters}
         if any(k not in kept for keys in wanted.values() for k in keys):
-            raise self._stateless("the state of the optimizer is not of the adapter's parameters")
+            raise _stateless("the state of the optimizer is not of the adapter's parameters", self.adapter, self.ctx.name)
         flat = [np.concatenate([kept[keys[i]].ravel() for keys in wanted.values()]) for i in (0, 1)]
         step = int(max(float(kept[keys[2]]) for keys in wanted.values()))
         return AdamState(*flat, step, settings["beta1"], settings["beta2"], settings["eps"])
@@ -237,6 +224,21 @@ class RowGradients:
 def has_state(adapter: Artifact) -> bool:
     """Whether the optimizer's state was kept beside an adapter."""
     return adapter.has(OPTIMIZER)
+
+
+def adamw_settings(adapter: Artifact, where: str) -> dict[str, float]:
+    """The settings of AdamW in an adapter's training. Raises ConfigError if another optimizer trained it, or its state was not kept."""
+    if not has_state(adapter):
+        raise _stateless("the state of the optimizer is not there", adapter, where)
+    settings = adapter.json("train.json")["settings"]["optimizer"].get("adamw")
+    if settings is None:
+        raise _stateless("the state of the optimizer is not that of AdamW", adapter, where)
+    return settings
+
+
+def _stateless(what: str, adapter: Artifact, where: str) -> ConfigError:
+    return ConfigError(what, where=f"{where}: {adapter.name}",
+                       remedy="train it with `keep_optimizer: true`, `adapt: lora` and `optimizer: adamw`, or set adam: false")
 
 
 def learning_rate(adapter: Artifact) -> float | None:

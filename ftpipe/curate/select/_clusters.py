@@ -45,8 +45,8 @@ def cluster(points: np.ndarray, k: int, seed: int) -> Clustering:
 def fewest_clusters(points: np.ndarray, tolerance: float, z: float, seed: int) -> Clustering:
     """The clustering of fewest clusters whose cost, the sum of distance ** z, is at most `tolerance` times that of one cluster.
 
-    Their number is found by doubling it and then halving the gap: the clustering is within the tolerance, and one with a cluster fewer was tried and is not.
-    (The costs that k-means finds need not fall with every cluster more.)
+    Their number is found by doubling it and then halving the gap, so that one with a cluster fewer was tried and is not within the tolerance. (The costs that
+    k-means finds need not fall with every cluster more, so a still smaller number may do.)
     """
     import numpy as np
 

@@ -37,13 +37,12 @@ class Less(Selector):
 
     The reference is a LoRA adapter that was warmed up on a part of the rows. For each row the gradient g of its mean token loss is taken with respect to the
     LoRA parameters there; the target's gradient is that of the mean loss of its rows. The score is the cosine similarity of the two: minus it, times the
-    length of the target's gradient, is to first order how the target's loss changes for each unit of length of a step along -g. The length of
-    g, which is larger for short rows, does not count. With the state of AdamW (a train stage with `keep_optimizer: true`), a row's gradient is
-    replaced by the update that AdamW would make of it; without, plain gradient descent is assumed, and the report says which.
+    length of the target's gradient, is to first order how the target's loss changes for each unit of length of a step along -g. The length of g, which
+    is larger for short rows, does not count. With the state of AdamW (a train stage with `keep_optimizer: true`), a row's gradient is replaced by the update
+    that AdamW would make of it; without, plain gradient descent is assumed, and the report says which.
 
-    Several references (the same warm-up ended after one epoch, two, ...) are summed with the mean learning rate of each one's last epoch as weight
-    (equal ones where it is not known). Where the
-    target is of several kinds (`by`), a row has the score of the kind that it serves best.
+    Several references (the same warm-up ended after one epoch, two, ...) are summed with the mean learning rate of each one's last epoch as weight (equal
+    ones where it is not known). Where the target is of several kinds (`by`), a row has the score of the kind that it serves best.
 
     Gradients are projected to `dimensions` numbers by a count sketch (the paper: dense random signs, which have the same variance and cost far more); a cosine
     is then off by about 1 / sqrt(dimensions). They are kept in the workspace's cache, 4 bytes a number, and taken one row at a time, forward and backward.
@@ -75,7 +74,7 @@ class Less(Selector):
         import numpy as np
         import pyarrow as pa
 
-        from ftpipe.curate.gradients import RowGradients, has_state, learning_rate
+        from ftpipe.curate.gradients import RowGradients, adamw_settings, has_state, learning_rate
 
         names = [self.reference] if isinstance(self.reference, str) else self.reference
         references = [ctx.inputs[n] for n in names]
@@ -89,11 +88,11 @@ class Less(Selector):
         influence: dict[str, np.ndarray] = {}
         rates = [learning_rate(r) for r in references]
         weights = [r / sum(rates) for r in rates] if all(rates) else [1 / len(rates)] * len(rates)
+        for reference in references if adam else ():
+            adamw_settings(reference, ctx.name)  # what is not there is said before long work
         for reference, weight in zip(references, weights):
             gradients = RowGradients(ctx, model=ctx.model, adapter=reference, dimensions=self.dimensions, seed=self._seed(ctx), dtype=self.dtype,
                                      max_length=self.max_length)
-            if adam:
-                gradients.adamw()  # what is not there is said before long work
             directions = self._directions(gradients, rows, ctx, kinds, members)
             for content, found in self._similar(gradients, rows, directions, adam):
                 influence[content] = influence.get(content, 0.0) + weight * found

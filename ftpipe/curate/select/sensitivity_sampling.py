@@ -86,8 +86,8 @@ class SensitivitySampling(Selector):
     annotation `sampling_weight` is 1 / (s p(x)) for each single draw of s: the sum of weight times loss over the draws estimates the sum over all rows without
     bias (for s fixed beforehand, as with a budget in rows), and that divided by n the mean. Training does not use the weights unless it is told to.
 
-    `tolerance` finds the number of clusters, `epsilon` that of draws. The paper promises an error of epsilon for some 1 / epsilon^2
-    draws; the exact number used here is recalled from its proof, not read.
+    `tolerance` finds the number of clusters, `epsilon` that of draws. The paper promises an error of epsilon for some 1 / epsilon^2 draws;
+    the exact number used here is recalled from its proof, not read.
     """
 
     paper: ClassVar[str] = "Data-Efficient Learning via Clustering-Based Sensitivity Sampling: Foundation Models and Beyond"
