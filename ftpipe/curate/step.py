@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftpipe.data.rows import RowSet, write_annotations
 from ftpipe.errors import DataError, FtpipeError
 from ftpipe.slots import Method
-from ftpipe.stages.base import StageContext
+from ftpipe.stages.base import Environment, StageContext
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,6 +64,10 @@ class CurateStep(Method):
     """The step reads `ctx.model`: its identity enters the step's key."""
     uses_seed: ClassVar[bool] = False
     """The step reads `ctx.seed` or `ctx.generator`: the seed enters the step's key."""
+
+    def externals(self, env: Environment) -> dict[str, Any]:
+        """Hashes of what the step reads from outside its inputs beside `ctx.model`: a table, another model. See `Stage.externals`."""
+        return {}
 
     @abstractmethod
     def apply(self, rows: RowSet, ctx: StepContext) -> None:

@@ -81,3 +81,17 @@ def said(turns: Sequence[Message]) -> str:
     """Turns as plain text, separated by line feeds; their roles are written before them only where the assistant has spoken among them."""
     roles = any(turn["role"] == "assistant" for turn in turns)
     return "\n".join(f"{turn['role']}: {turn['content'] or ''}" if roles else turn["content"] or "" for turn in turns)
+
+
+@dataclass(frozen=True)
+class PromptAlone(Form):
+    """What stands before a row's first answer, as training shows it; plain text whole. No token has a loss."""
+
+    def rows(self, renderer: Renderer, rows: Iterable[dict[str, Any]]) -> Iterator[Rendered | RenderError]:
+        given = list(rows)
+        for row, shown in zip(given, renderer.rows(given)):
+            if isinstance(shown, RenderError):
+                yield shown
+            else:
+                length = len(shown.input_ids) if row["format"] == "text" else shown.prompt_length
+                yield Rendered(shown.input_ids[:length], [False] * length, length)

@@ -32,11 +32,12 @@ class CurateStepStage(Stage):
         return fields
 
     def externals(self, env: Environment) -> dict[str, Any]:
+        own = self.step.externals(env)
         if not self.step.uses_model:
-            return {}
+            return own
         # Not an import statement: the loader's code would enter the keys of steps without a model. Those with one import it themselves.
         identity = import_module("ftpipe.models.loading").identity(self.model, env)
-        return {"model": {k: v for k, v in identity.items() if k != "model"}}  # the hashes count, not how the model is written
+        return own | {"model": {k: v for k, v in identity.items() if k != "model"}}  # the hashes count, not how the model is written
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         if self.step.uses_model and not self.model:

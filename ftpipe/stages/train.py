@@ -69,6 +69,8 @@ class Train(Stage):
     retrain: float = Field(default=0.0, ge=0, lt=1, description="Keep the last adapter as long as no larger share of the rows has changed since it was trained "
                            "(rows that came or went, of all in either set); 0 trains at any change.")
     share_devices: bool = Field(default=False, description="Train on GPUs that other trainings of this machine use too; otherwise wait until they are free.")
+    keep_optimizer: bool = Field(default=False, description="Keep the optimizer's state at the end of training beside the adapter (`optimizer.safetensors`), "
+                                 "for selections that ask what a row's next update would be, such as `less`.")
     heartbeat: float = Field(default=600, gt=0, description="Seconds of silence after which a rank counts as stuck.")
 
     @model_validator(mode="after")
@@ -185,4 +187,4 @@ class Train(Stage):
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
                    checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
-                   offload=self.offload == "optimizer", kernels=self.kernels, diverged=self.diverged)
+                   offload=self.offload == "optimizer", kernels=self.kernels, diverged=self.diverged, keep_optimizer=self.keep_optimizer)

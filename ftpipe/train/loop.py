@@ -195,6 +195,7 @@ def _finish(run: Run, job: Job, rows: Rows, steps: Sequence[tuple[int, list[int]
     width = min(PROBE_TOKENS, *(len(e.input_ids[0]) for e in first))
     ids = torch.tensor([list(e.input_ids[0][:width]) for e in first], dtype=torch.int64)
     logits = run.engine.probe(ids)
+    optimizer = run.engine.optimizer_state() if job.keep_optimizer else {}
     if run.rank != 0:
         return
     final = Path(job.result)
@@ -203,6 +204,9 @@ def _finish(run: Run, job: Job, rows: Rows, steps: Sequence[tuple[int, list[int]
     (temporary / "adapter").mkdir(parents=True)
     run.adapt.save(run.model, state, temporary / "adapter")
     save_file({"input_ids": ids, "logits": logits.cpu()}, temporary / "probe.safetensors")
+    if job.keep_optimizer:
+        tensors = {f"{n}/{k}": v for n, held in optimizer.items() for k, v in held.items() if torch.is_tensor(v)}
+        save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, temporary / "optimizer.safetensors")
     size = run.quantize.parameters(run.model) if run.quantize else sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
     summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": size, "packing_difference": packing}
     (temporary / "metrics.json").write_text(json.dumps({"metrics": metrics, **summary}), encoding="utf-8")

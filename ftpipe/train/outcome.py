@@ -62,7 +62,8 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     rows = Rows(Path(job.tokens))
     steps = list(plan_of(job, rows).steps(**job.stop))
     shutil.copytree(result / "adapter", ctx.out / "adapter")
-    shutil.copy2(result / "probe.safetensors", ctx.out / "probe.safetensors")
+    for name in ("probe.safetensors", *(["optimizer.safetensors"] if job.keep_optimizer else [])):
+        shutil.copy2(result / name, ctx.out / name)
     manifest = {"method": stage.adapt.dump(), "base": job.identity, "tokenizer": job.identity["tokenizer"], "chat_template": job.identity["chat_template"],
                 "dtype": job.dtype, "trainable": told["trainable"]}
     if job.quantize:

@@ -33,7 +33,7 @@ class Job:
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
     `models.kernels`. diverged: see `loop.Divergence`. offload: optimizer state on the CPU. quantize: method of
-    models/quantize in YAML form, None for the base as it is.
+    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`.
     """
 
     model: str
@@ -63,6 +63,7 @@ class Job:
     diverged: float = 0.0
     offload: bool = False
     quantize: dict[str, Any] | None = None
+    keep_optimizer: bool = False
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")

@@ -33,6 +33,10 @@ SETTINGS = {
     "by_annotation": {"column": "tokens", "descending": True},
     "instruction_variants": {"templates": ["Please answer: {prompt}", "{prompt}\nBe brief."]},
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
+    "less": {"reference": "reference", "dimensions": 64, "budget": {"share": 0.5}},
+    "instruct_mining": {"coefficients": {"output_length": -0.01, "mtld": 0.02, "perplexity": 0.001, "knn_2": -0.3}, "budget": {"share": 0.5}},
+    "deft_ucs": {"clusters": 3, "easy": 0.5, "budget": {"share": 0.5}},
+    "perplexity_correlations": {"table": "models.csv", "budget": {"share": 0.5}},
     "grape": {},
     "source": {"keep": ["s0.jsonl", "s[12]*"]},
     "bsdetector": {"samples": 1, "max_new_tokens": 2},
@@ -46,7 +50,7 @@ SETTINGS = {
     "s3ft": {"max_new_tokens": 4, "checker": "exact"},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
-PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector"}
+PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector", "less", "instruct_mining", "deft_ucs"}
 """Methods whose numbers come from a model: batches of another make-up change the last digits of a score, so only the rows are compared."""
 
 WORDS = ["it", "takes", "the", "name", "of", "a", "file", "and", "gives", "back", "what", "is", "in", "it", "as", "text"]
@@ -66,7 +70,10 @@ def data() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return tmp_path_factory.mktemp("curate")
+    folder = tmp_path_factory.mktemp("curate")
+    models = [f"m{i},{i / 10},{1 + i},{2 + i % 2},{3 - i / 9}\n" for i in range(5)]
+    (folder / "models.csv").write_text("model,error,s0.jsonl,s1.jsonl,s2.jsonl\n" + "".join(models))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from ftpipe.pipeline import plan as planning
 from ftpipe.pipeline.runner import run
 from ftpipe.pipeline.spec import build
 from ftpipe.pipeline.store import Store
-from ftpipe.stages.base import Stage, StageContext
+from ftpipe.stages.base import Stage, StageContext, with_refs
+from ftpipe.stages.curate_step import CurateStepStage
 
 
 class TextsStage(Stage):
@@ -85,6 +86,19 @@ def test_references_name_chains_and_steps(pipeline):
         pipeline(chain([{"random": {"budget": {"like": "curated"}}}]))
     with pytest.raises(ConfigError, match="'curated/minhash', which is no stage"):
         pipeline(chain([{"random": {"budget": {"like": "curated/minhash"}}}]))
+
+
+def test_references_deep_in_a_methods_settings_are_found_and_renamed():
+    budget = {"budget": {"rows": 1}}
+    steps = {"less": {"reference": ["a", "b"], "target": "c"} | budget, "lobass": {"reference": "a"} | budget,
+             "instruct_mining": {"runs": [{"rows": "a", "evaluation": "b"}, {"rows": "c", "evaluation": "d"}]} | budget,
+             "perplexity_correlations": {"models": {"m": {"losses": "a", "evaluation": "b"}, "n": {"losses": "c", "error": 1},
+                                                    "o": {"losses": "d", "error": 2}}} | budget}
+    wanted = {"less": "abc", "lobass": "a", "instruct_mining": "abcd", "perplexity_correlations": "abcd"}
+    for name, settings in steps.items():
+        stage = CurateStepStage(rows="rows", step={name: settings})
+        assert sorted(stage.refs()) == sorted(["rows", *wanted[name]])
+        assert sorted(with_refs(stage, lambda r: r + "!").refs()) == sorted(["rows!", *(f"{r}!" for r in wanted[name])])
 
 
 def test_unknown_names_get_the_nearest(pipeline):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import string
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ftpipe import slots
 from ftpipe.curate.select import sensitivity_sampling as module
+from ftpipe.curate.select._clusters import cluster, fewest_clusters
 from ftpipe.curate.select.lobass import learnability
-from ftpipe.curate.select.sensitivity_sampling import cluster, draw, probabilities, variance
+from ftpipe.curate.select.sensitivity_sampling import draw, draws_for, epsilon_of, probabilities, variance
 from ftpipe.data.render import Renderer
 from ftpipe.data.rows import RowSet
 from ftpipe.errors import ConfigError, DataError
-from ftpipe.models.loading import load_adapted, load_model, load_tokenizer
+from ftpipe.models.loading import load_adapted, load_merged, load_model, load_tokenizer
 from ftpipe.models.scores import score_rows
+from ftpipe.pipeline.store import Store
 from ftpipe.stages.base import Environment
 from tests.artifacts import chat, complete, decisions, kept_ids, rows_artifact, run_step
 from tests.models.data import context, some_rows, trained_adapter
@@ -221,6 +226,85 @@ def test_a_reference_that_learned_nothing_scores_zero_everywhere(learned, tiny_m
     assert {round(line["score"], 3) for line in decisions(out).values()} == {0.0} and len(kept_ids(out)) == 3
 
 
+@pytest.fixture(scope="module")
+def tuned(tiny_model, tmp_path_factory):
+    """Rows of many lengths, a reference trained on them for a short while, and the same as a model of its own."""
+    workspace, rng = tmp_path_factory.mktemp("tuned"), np.random.default_rng(6)
+    rows = [chat(f"say so {i}", "".join(rng.choice(list(string.ascii_letters), size=20 + 4 * i))) for i in range(24)]
+    reference, folder = trained_adapter(workspace, tiny_model, rows, steps=20), workspace / "model"
+    shutil.copytree(tiny_model, folder)
+    env = Environment(workspace, workspace, "test")
+    load_merged(str(tiny_model), env, reference.file("adapter"), dtype="float32", device="cpu").save_pretrained(folder)
+    return workspace, rows, reference, folder
+
+
+def test_a_separate_model_can_be_the_reference(tuned, tiny_model):
+    """The adapter folded into the weights is another model, and scores as the adapter does."""
+    workspace, rows, reference, folder = tuned
+    env, source = Environment(workspace, workspace, "test"), rows_artifact(workspace, rows)
+    by_adapter = run_step(workspace, source, {"lobass": {"reference": "reference", "budget": {"rows": 5}}}, model=str(tiny_model), reference=reference)
+    step = {"lobass": {"reference_model": str(folder), "budget": {"rows": 5}}}
+    by_model = run_step(workspace, source, step, model=str(tiny_model))
+    one, other = decisions(by_adapter), decisions(by_model)
+    for row_id, line in one.items():
+        assert other[row_id]["score"] == pytest.approx(line["score"], abs=BF16)
+    assert by_model.json("lobass.json")["same_tokens"]
+    stage = slots.slots()["stages"].get("curate_step")(rows="rows", step=step, model=str(tiny_model))
+    assert stage.externals(env)["reference_model"]["weights"] != stage.externals(env)["model"]["weights"], "another reference is another key"
+
+
+def test_the_ratio_follows_the_length_less_than_the_difference(tuned, tiny_model):
+    workspace, rows, reference, _ = tuned
+    step = {"lobass": {"reference": "reference", "score": "difference", "budget": {"rows": 5}}}
+    out = run_step(workspace, rows_artifact(workspace, rows), step, model=str(tiny_model), reference=reference)
+    notes = {r["row_id"]: r for r in pq.read_table(out.file("annotations.parquet")).to_pylist()}
+    length = {r["row_id"]: len(r["messages"][1]["content"]) + 1 for r in complete(rows)}
+    for row_id, line in decisions(out).items():
+        lost = notes[row_id]["loss_base"] - notes[row_id]["loss_reference"]
+        assert line["score"] == notes[row_id]["loss_difference"] == pytest.approx(lost * length[row_id], rel=1e-6, abs=1e-9)
+    longest = sorted(length, key=length.get)[-10:]
+    assert len(set(kept_ids(out)) & set(longest)) == 5
+    follows = out.json("lobass.json")["spearman_length"]
+    assert follows["score"] == follows["difference"] > 0.7
+    ratio = run_step(workspace, rows_artifact(workspace, rows), {"lobass": {"reference": "reference", "budget": {"rows": 5}}}, model=str(tiny_model),
+                     reference=reference)
+    score = ratio.json("lobass.json")["spearman_length"]["score"]
+    assert abs(score) < follows["difference"] - 0.3
+
+
+def test_one_reference_is_given():
+    for wrong in ({}, {"reference": "a", "reference_model": "b"}):
+        with pytest.raises(ValueError, match="give either reference"):
+            slots.parse("curate", {"lobass": {"budget": {"rows": 1}} | wrong})
+
+
+def test_a_reference_that_saw_rows_several_times_is_warned_of(learned, tiny_model, caplog):
+    import pyarrow as pa
+
+    workspace, rows, _, _, reference = learned
+    ids = [r["row_id"] for r in complete(rows)]
+    store, key = Store(workspace), uuid.uuid4().hex * 2
+    with store.building("train", key) as out:
+        shutil.copytree(reference.file("adapter"), out / "adapter")
+        pq.write_table(pa.table({"row_id": [*ids[:7], "gone"], "times": [3] * 8}), out / "seen.parquet")
+        kept = store.commit(out, kind="train", name="seen", key=key, material={}, inputs={}, counts={}, meta={}, notes={})
+    step = {"lobass": {"reference": "seen", "budget": {"rows": 5}}}
+    with caplog.at_level("WARNING"):
+        made = run_step(workspace, rows_artifact(workspace, rows), step, model=str(tiny_model), seen=kept)
+    assert "seen saw rows up to 3 times" in caplog.text
+    assert made.json("lobass.json")["reference_saw"] == {"share_of_rows": 7 / len(rows), "most_times": 3}
+
+
+def test_the_loss_step_scores_a_model_with_an_adapter_too(learned, tiny_model):
+    workspace, rows, _, _, reference = learned
+    env = Environment(workspace, workspace, "test")
+    truth = naive_losses(load_adapted(str(tiny_model), env, reference.file("adapter"), device="cpu"), load_tokenizer(str(tiny_model), env), rows)
+    out = run_step(workspace, rows_artifact(workspace, rows), {"loss": {"adapter": "reference"}}, model=str(tiny_model), reference=reference)
+    assert {i: line["score"] for i, line in decisions(out).items()} == pytest.approx(truth, abs=BF16)
+    with pytest.raises(ConfigError, match="makes no adapter"):
+        run_step(workspace, rows_artifact(workspace, rows), {"loss": {"adapter": "other"}}, model=str(tiny_model), other=rows_artifact(workspace, rows))
+
+
 # --- sensitivity sampling: the mathematics
 
 
@@ -314,6 +398,30 @@ def test_clusters_are_found_and_centres_are_points_of_theirs():
     assert len(few.centre) == 3 and (few.distance == 0).all()
 
 
+def test_the_fewest_clusters_within_the_tolerance_are_found():
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(11), 20)
+    points = rng.normal(0, 20, (11, 5))[truth] + rng.normal(0, 0.1, (220, 5))
+    whole = (cluster(points, 1, 3).distance ** 2).sum()
+    found = fewest_clusters(points, 1e-3, 2.0, seed=3)
+    assert len(found.centre) >= 11, "with fewer, two of the planted clusters share a centre"
+    for tolerance, z in ((0.3, 2.0), (0.05, 1.0), (1e-9, 2.0)):
+        one = (cluster(points, 1, 3).distance ** z).sum()
+        found = fewest_clusters(points, tolerance, z, seed=3)
+        k = len(found.centre)
+        assert (found.distance ** z).sum() <= tolerance * one
+        assert (cluster(points, k - 1, 3).distance ** z).sum() > tolerance * one
+    assert whole > 0 and len(fewest_clusters(np.ones((4, 2)), 0.5, 2.0, seed=1).centre) == 1
+
+
+def test_the_draws_of_an_error_and_back():
+    for epsilon in (0.05, 0.1, 0.3, 1.0):
+        s = draws_for(epsilon)
+        assert (2 + 2 * epsilon / 3) / epsilon ** 2 <= s < (2 + 2 * epsilon / 3) / epsilon ** 2 + 1
+        assert epsilon_of(s) <= epsilon < epsilon_of(s - 1)
+    assert epsilon_of(200) ** 2 * 200 == pytest.approx(2 + 2 * epsilon_of(200) / 3)
+
+
 # --- sensitivity sampling: the step
 
 
@@ -383,6 +491,23 @@ def test_the_same_seed_draws_the_same_rows_in_any_order_of_the_data(tmp_path, ti
     assert first.file("clusters.parquet").read_bytes() == again.file("clusters.parquet").read_bytes() == mixed.file("clusters.parquet").read_bytes()
     other = sample(tmp_path, tiny_model, rows, seed=1)
     assert other.file("clusters.parquet").read_bytes() != first.file("clusters.parquet").read_bytes()
+
+
+def test_tolerance_and_epsilon_stand_for_clusters_and_draws(tmp_path, tiny_model):
+    out = sample(tmp_path, tiny_model, some_rows(30), clusters=None, tolerance=0.4, epsilon=0.4, budget=None)
+    report = out.json("sensitivity.json")
+    assert report["drawn"] == draws_for(0.4) == 15 and report["epsilon"] <= 0.4
+    assert 1 < report["clusters"] < 30 and report["oracle_calls"] == report["clusters"]
+    table = score_rows(RowSet(rows_artifact(tmp_path, some_rows(30))), context(tmp_path / "c"), model=str(tiny_model), want=("embedding",))
+    points = np.stack(table["embedding"].to_numpy().tolist()).astype(float)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    mean = points.mean(axis=0)
+    centre = points[np.linalg.norm(points - mean, axis=1).argmin()]
+    assert report["cost"] <= 0.4 * (np.linalg.norm(points - centre, axis=1) ** 2).sum()
+    assert slots.parse("curate", {"sensitivity_sampling": {"tolerance": 0.1, "epsilon": 0.2}}).clusters is None
+    for wrong in ({"clusters": 3, "tolerance": 0.1, "epsilon": 0.2}, {"clusters": None, "epsilon": 0.2}, {}, {"epsilon": 0.2, "budget": {"rows": 3}}):
+        with pytest.raises(ValueError, match="give either"):
+            slots.parse("curate", {"sensitivity_sampling": wrong})
 
 
 def test_a_row_drawn_twice_is_seen_twice_and_a_token_budget_is_kept(tmp_path, tiny_model):

@@ -17,7 +17,8 @@ def trained(tiny_model, tmp_path_factory):
     """Two epochs of 24 lessons, one of them shown three times, one too long, one of a format that cannot be, one without an answer."""
     rows = [*lessons(), messages("long", "x" * 600), {"format": "messages", "messages": [{"role": "user", "content": "no answer"}]}]
     told = planted.Told()
-    ctx = planted.train(tmp_path_factory.mktemp("trained"), tiny_model, rows, times=[3] + [1] * 25, listener=told, epochs=2, zero=2, regularizers=["l2_start"])
+    ctx = planted.train(tmp_path_factory.mktemp("trained"), tiny_model, rows, times=[3] + [1] * 25, listener=told, epochs=2, zero=2, regularizers=["l2_start"],
+                        keep_optimizer=True)
     return ctx, told
 
 
@@ -31,7 +32,7 @@ def test_the_payload_is_whole(trained):
     ctx, _ = trained
     files = {p.relative_to(ctx.out).as_posix() for p in ctx.out.rglob("*") if p.is_file()}
     assert files == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/ftpipe_adapter.json", "metrics.parquet", "seen.parquet",
-                     "probe.safetensors", "train.json", "decisions.parquet"}
+                     "probe.safetensors", "train.json", "decisions.parquet", "optimizer.safetensors"}
     manifest = json.loads((ctx.out / "adapter" / "ftpipe_adapter.json").read_text())
     assert manifest["trainable"] == ctx.meta["trainable"] == 4 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     assert set(manifest) == {"method", "base", "tokenizer", "chat_template", "dtype", "trainable"}
@@ -77,6 +78,22 @@ def test_the_saved_adapter_is_what_was_trained(trained):
     assert ctx.notes["packing_difference"] < 1e-5
 
 
+def test_the_optimizers_state_is_kept_by_name_where_it_is_asked_for(trained, tiny_model):
+    """By the names that the loaded adapter's parameters have: who asks what a row's next update would be finds each."""
+    from safetensors.torch import load_file
+
+    from ftpipe.models.loading import load_adapted
+
+    ctx, _ = trained
+    kept = load_file(ctx.out / "optimizer.safetensors")
+    loaded = load_adapted(str(tiny_model), ctx.env, ctx.out / "adapter", dtype="float32", device="cpu")
+    names = {n: p.shape for n, p in loaded.named_parameters() if "lora_" in n}
+    assert set(kept) == {f"{n}/{k}" for n in names for k in ("exp_avg", "exp_avg_sq", "step")}
+    for name, shape in names.items():
+        assert kept[f"{name}/exp_avg"].shape == shape and (kept[f"{name}/exp_avg_sq"] > 0).any()
+        assert float(kept[f"{name}/step"]) == ctx.counts["steps"]
+
+
 def test_plain_peft_loads_it(trained, tiny_model):
     import torch
     from peft import PeftModel
@@ -113,7 +130,7 @@ def test_a_killed_finish_does_not_train_again(trained, tiny_model):
     before = planted.payload(ctx)
     told = planted.Told()
     again = planted.context(ctx.out.parent, [], listener=told)
-    planted.stage(tiny_model, epochs=2, zero=2, regularizers=["l2_start"]).run(again)
+    planted.stage(tiny_model, epochs=2, zero=2, regularizers=["l2_start"], keep_optimizer=True).run(again)
     assert planted.payload(again) == before and not told.steps
 
 

@@ -1,4 +1,4 @@
-"""Loss of each row under the base model, and its embedding, from one forward pass."""
+"""Loss of each row under a model, and its embedding, from one forward pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pydantic import Field
 from ftpipe.curate.score.base import Scorer
 from ftpipe.curate.step import StepContext
 from ftpipe.data.rows import RowSet
+from ftpipe.errors import ConfigError
+from ftpipe.stages.base import Ref
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,12 +24,16 @@ class Loss(Scorer):
     """
 
     uses_model: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers", "peft")
 
+    adapter: Ref | None = Field(default=None, description="Stage whose adapter is put on the model; the model as it is by default.")
     embedding: bool = Field(default=False, description="Also store each row's embedding; it comes from the same pass.")
 
     def annotate(self, rows: RowSet, ctx: StepContext) -> pa.Table:
         from ftpipe.models.scores import score_rows
 
-        table = score_rows(rows, ctx, model=ctx.model, want=("loss", "embedding") if self.embedding else ("loss",))
+        adapter = ctx.inputs[self.adapter] if self.adapter else None
+        if adapter is not None and not adapter.has("adapter"):
+            raise ConfigError(f"adapter: {self.adapter} is a {adapter.kind} stage, which makes no adapter", where=ctx.name, remedy="name a train stage")
+        table = score_rows(rows, ctx, model=ctx.model, want=("loss", "embedding") if self.embedding else ("loss",), adapter=adapter)
         return table.select(["row_id", "loss", "nll", "trained_tokens", *(["embedding"] if self.embedding else [])])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from ftpipe.curate.select._clusters import Clustering, cluster, fewest_clusters
 from ftpipe.curate.select.base import Selector
 from ftpipe.curate.step import StepContext
 from ftpipe.data.rows import RowSet
@@ -19,39 +20,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 UNKNOWN = "no loss: nothing is trained on"
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Clusters of n points. label: (n,) cluster of each point, 0 to k - 1. centre: (k,) index of the point nearest to each cluster's mean.
-    distance: (n,) Euclidean distance of each point to its cluster's centre *point* (not to the mean)."""
-
-    label: np.ndarray
-    centre: np.ndarray
-    distance: np.ndarray
-
-
-def cluster(points: np.ndarray, k: int, seed: int) -> Clustering:
-    """k-means (k-means++ start, Lloyd) of (n, d) points; at most k clusters, fewer if there are fewer different points.
-
-    One thread: the sums of several are added in the order they finish, and the last bits would differ between runs.
-    """
-    import warnings
-
-    import numpy as np
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    points = np.ascontiguousarray(points, dtype=np.float64)
-    with threadpool_limits(limits=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters
-        found = KMeans(n_clusters=k, n_init=1, max_iter=100, random_state=seed, algorithm="lloyd").fit(points)
-    used, label = np.unique(found.labels_, return_inverse=True)
-    to_mean = np.linalg.norm(points - found.cluster_centers_[found.labels_], axis=1)
-    order = np.lexsort((to_mean, label))
-    centre = order[np.searchsorted(label[order], np.arange(len(used)))]
-    return Clustering(label, centre, np.linalg.norm(points - points[centre[label]], axis=1))
 
 
 def probabilities(centre_loss: np.ndarray, label: np.ndarray, distance: np.ndarray, *, hoelder: float | np.ndarray = 0.0, z: float = 2.0,
@@ -99,6 +67,16 @@ def draw(p: np.ndarray, cost: np.ndarray, amount: int, generator: np.random.Gene
     return np.concatenate(drawn) if drawn else np.zeros(0, dtype=np.int64)
 
 
+def draws_for(epsilon: float) -> int:
+    """Draws for which the estimate is off by at most epsilon (sum l + lambda cost), with constant probability: (2 + 2 epsilon / 3) / epsilon^2, rounded up."""
+    return math.ceil((2 + 2 * epsilon / 3) / epsilon ** 2)
+
+
+def epsilon_of(draws: int) -> float:
+    """The error that so many draws promise: the inverse of `draws_for`."""
+    return (1 / 3 + math.sqrt(1 / 9 + 2 * draws)) / draws
+
+
 class SensitivitySampling(Selector):
     """Draws rows in proportion to an upper estimate of their loss, from the losses of k cluster centres alone (Algorithm 1).
 
@@ -107,6 +85,9 @@ class SensitivitySampling(Selector):
     p(x) = sigma(x) / sum sigma, independently and *with replacement*, until the next draw would exceed the budget: a row drawn twice is seen twice. The
     annotation `sampling_weight` is 1 / (s p(x)) for each single draw of s: the sum of weight times loss over the draws estimates the sum over all rows without
     bias (for s fixed beforehand, as with a budget in rows), and that divided by n the mean. Training does not use the weights unless it is told to.
+
+    `tolerance` finds the number of clusters, `epsilon` that of draws. The paper promises an error of epsilon for some 1 / epsilon^2 draws;
+    the exact number used here is recalled from its proof, not read.
     """
 
     paper: ClassVar[str] = "Data-Efficient Learning via Clustering-Based Sensitivity Sampling: Foundation Models and Beyond"
@@ -114,8 +95,13 @@ class SensitivitySampling(Selector):
     uses_seed: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers", "scikit-learn", "numpy")
     reason: ClassVar[str] = "not drawn"
+    needs_budget: ClassVar[bool] = False
 
-    clusters: int = Field(default=64, ge=1, description="k: number of clusters, and of rows whose loss is asked for.")
+    clusters: int | None = Field(default=64, ge=1, description="k: number of clusters, and of rows whose loss is asked for; not with tolerance.")
+    tolerance: float | None = Field(default=None, gt=0, lt=1, description="Take the fewest clusters whose cost, the sum of distance^z, is at most this share "
+                                    "of that of a single one.")
+    epsilon: float | None = Field(default=None, gt=0, le=1, description="Instead of a budget: draw as often as keeps the error of the estimated sum of losses "
+                                  "within this share of it and of lambda times the cost, ceil((2 + 2 epsilon / 3) / epsilon^2).")
     z: float = Field(default=2.0, gt=0, description="Power of the distance; 2 is that of k-means.")
     hoelder: float | None = Field(default=None, ge=0, description="lambda: how fast the loss may change with distance^z. By default (not from the paper) such "
                                   "that the distances weigh as much as the centres' losses in the whole.")
@@ -124,10 +110,19 @@ class SensitivitySampling(Selector):
     normalize: bool = Field(default=True, description="Scale embeddings to length 1 before clustering.")
     floor: float = Field(default=0.01, ge=0, le=1, description="No row's probability is below about this share of the uniform one.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tolerance_replaces_clusters(cls, values: Any) -> Any:
+        return {"clusters": None} | values if isinstance(values, dict) and values.get("tolerance") is not None else values
+
     @model_validator(mode="after")
-    def _one_lambda(self) -> SensitivitySampling:
+    def _one_of_each(self) -> SensitivitySampling:
         if self.probes and self.hoelder is not None:
             raise ValueError("give either hoelder or probes, which estimates it")
+        if (self.clusters is None) == (self.tolerance is None):
+            raise ValueError("give either clusters, or a tolerance that finds their number")
+        if (self.budget is None) == (self.epsilon is None):
+            raise ValueError("give either a budget, {tokens: N}, {rows: N}, {share: 0.2} or {like: STAGE}, or an epsilon that finds the number of draws")
         return self
 
     def choose(self, rows: RowSet, ctx: StepContext) -> pa.Table:
@@ -136,11 +131,11 @@ class SensitivitySampling(Selector):
 
         from ftpipe.models.scores import score_rows
 
-        limit = self.limit(rows, ctx)
+        limit = self.limit(rows, ctx) if self.budget is not None else None
         table = score_rows(rows, ctx, model=ctx.model, want=("embedding",))
         usable = np.flatnonzero(table["trained_tokens"].fill_null(0).to_numpy() > 0)
-        if len(usable) < self.clusters:
-            raise DataError(f"there are {len(usable)} rows to sample from, fewer than the {self.clusters} clusters asked for",
+        if len(usable) < (self.clusters or 1):
+            raise DataError(f"there are {len(usable)} rows to sample from, fewer than the {self.clusters or 1} clusters asked for",
                             where=f"{ctx.name} (sensitivity_sampling.clusters)", remedy=f"ask for at most {len(usable)} clusters")
         ids = table["row_id"].take(pa.array(usable))
         points = np.stack(table["embedding"].take(pa.array(usable)).to_numpy().tolist()).astype(np.float64)
@@ -156,12 +151,14 @@ class SensitivitySampling(Selector):
             loss = dict(zip(found["row_id"].to_pylist(), found["loss"].to_pylist()))
             return np.array([loss[n] for n in names], dtype=np.float64)
 
-        found = cluster(points, self.clusters, self._seed(ctx))
+        seed = self._seed(ctx)
+        found = cluster(points, self.clusters, seed) if self.clusters else fewest_clusters(points, self.tolerance, self.z, seed)
         centre_loss = oracle(found.centre)
         hoelder = self._hoelder(found, centre_loss, oracle, ctx)
         p = probabilities(centre_loss, found.label, found.distance, hoelder=hoelder, z=self.z, floor=self.floor)
         # the cost table and the scores are both in ascending order of row_id
-        drawn = draw(p, limit.cost["cost"].to_numpy()[usable], limit.amount, ctx.generator("draw"))
+        cost, amount = (limit.cost["cost"].to_numpy()[usable], limit.amount) if limit else (np.ones(len(p)), draws_for(self.epsilon))
+        drawn = draw(p, cost, amount, ctx.generator("draw"))
         if not len(drawn):
             raise DataError(f"the budget of {limit.amount:,} {limit.unit} is smaller than the first row drawn", where=ctx.name, remedy="ask for more")
         times = np.bincount(drawn, minlength=len(p))
@@ -205,7 +202,7 @@ class SensitivitySampling(Selector):
                                  "probability": p, "times": pa.array(times, pa.int32())}), ctx.out / "clusters.parquet", compression="zstd")
         mass, size, drawn = (np.bincount(found.label, weights=w, minlength=k) for w in (p, None, times))
         report: dict[str, Any] = {
-            "rows": len(p), "clusters": k, "drawn": s, "distinct": int((times > 0).sum()), "oracle_calls": asked, "z": self.z,
+            "rows": len(p), "clusters": k, "drawn": s, "distinct": int((times > 0).sum()), "epsilon": epsilon_of(s), "oracle_calls": asked, "z": self.z,
             "lambda": float(hoelder[0]) if np.ptp(hoelder) == 0 else [float(h) for h in hoelder], "cost": float((found.distance ** self.z).sum()),
             "by_cluster": [{"cluster": i, "size": int(size[i]), "centre": ids[int(found.centre[i])].as_py(), "centre_loss": float(centre_loss[i]),
                             "probability": float(mass[i]), "drawn": int(drawn[i])} for i in range(k)]}
