@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftpipe.curate.made import write_made
 from ftpipe.curate.step import CurateStep, StepContext, connection
-from ftpipe.data.rows import RowSet, write_kept
+from ftpipe.data.rows import TRAIN, RowSet, write_kept
 from ftpipe.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def write(step: CurateStep, rows: RowSet, ctx: StepContext, verdicts: pa.Table, 
         silent = con.sql("select min(row_id) from decided where not kept and reason is null").fetchall()[0][0]
         if silent is not None:
             raise step.fault(f"dropped row {silent} without a reason")
-        if not con.sql("select count(*) from decided where kept").fetchall()[0][0]:
-            reason, n = con.sql("select reason, count(*) n from decided group by reason order by n desc, reason limit 1").fetchall()[0]
-            raise DataError(f"no row is left: {n} of the rows were dropped for {reason!r}", where=ctx.name, remedy=f"loosen the settings of {step.name()}")
+        most = con.sql("select reason, count(*) n from decided where not kept group by reason order by n desc, reason limit 1").fetchall()
         kept = con.sql("""
             select row_id, split, times, (row_number() over (order by split = 'heldout', key nulls last, position) - 1)::bigint as position from (
                 select row_id, 'train' as split, times, key, position from decided where kept
@@ -48,7 +46,11 @@ def write(step: CurateStep, rows: RowSet, ctx: StepContext, verdicts: pa.Table, 
             order by position""").to_arrow_table()
         decisions = con.sql("select row_id, kept, reason, score, keeper from decided order by row_id").to_arrow_table()
         con.unregister("given")
-    write_kept(ctx.out, write_made(rows, ctx, made, kept))
+    kept = write_made(rows, ctx, made, kept)
+    if TRAIN not in kept["split"].unique().to_pylist():
+        (reason, n), = most
+        raise DataError(f"no row is left: {n} of the rows were dropped for {reason!r}", where=ctx.name, remedy=f"loosen the settings of {step.name()}")
+    write_kept(ctx.out, kept)
     ctx.decide(decisions)
     ctx.log.info("%d of %d rows kept", ctx.counts["rows_kept"], ctx.counts["rows_in"])
 

@@ -24,9 +24,11 @@ SETTINGS = {
     "by_annotation": {"column": "tokens", "descending": True},
     "instruction_variants": {"templates": ["Please answer: {prompt}", "{prompt}\nBe brief."]},
     "sensitivity_sampling": {"clusters": 4, "budget": {"share": 0.5}},
+    "semantic": {"threshold": 0.5},
+    "sentences": {"most": 2, "least_words": 1},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
-PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling"}
+PERMUTED = {"perplexity", "loss", "lobass", "semantic", "sensitivity_sampling"}
 """Methods whose numbers come from a model: batches of another make-up change the last digits of a score, so only the rows are compared."""
 
 WORDS = ["it", "takes", "the", "name", "of", "a", "file", "and", "gives", "back", "what", "is", "in", "it", "as", "text"]
