@@ -15,7 +15,6 @@ import time
 import uuid
 from pathlib import Path
 
-
 Found = tuple[list[str], tuple[float, float], dict]
 """Ids of the rows that stay; seconds, and seconds of processor time of the process and its children; notes."""
 

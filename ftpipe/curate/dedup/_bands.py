@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-TEXTS = 2048
+TEXTS = 1024
 """Texts that one thread works on at a time."""
 BLOCK = 2**15
 """Shingles whose permuted values are in memory at a time, so that they stay in a processor's own cache."""
