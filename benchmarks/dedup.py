@@ -4,7 +4,7 @@
     python benchmarks/dedup.py --removed BEFORE.json AFTER.json
 
 FOLDER is where the peers were installed (`pip install --target FOLDER datatrove rensa spacy orjson`); without it ftpipe runs alone. All arms read the
-same rows, and drop those of a Jaccard similarity of 0.8 or more (5-grams of words, 14 bands of 8 minima). Each runs in a process of its own, rounds are
+same rows, and drop those of a Jaccard similarity of 0.8 or more (5-grams of words, 16 bands of 7 minima). Each runs in a process of its own, rounds are
 interleaved; time counts from opening the files to knowing the rows that stay, without imports. Memory is the most that a process and its children had
 resident together.
 
@@ -13,7 +13,7 @@ the threshold, found by comparing each with each in a family, of which one row w
 at or above the threshold to a row that stays.
 
 --removed takes two JSON lists of rows (objects of texts): BEFORE, and AFTER its makers removed near duplicates. It compares what ftpipe drops with what they
-removed, and gives the largest true similarity (every pair is compared) for each row that one of the two keeps and the other does not.
+removed, and gives the largest true similarity (every pair is compared) for each row that one of the two keeps and the other does not; --json lists them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE.parent))
 ARMS = ("ftpipe", "rensa", "rensa_batch", "datatrove")
 ABOUT = {"ftpipe": "ftpipe, every candidate compared in full", "rensa": "rensa, a loop in memory", "rensa_batch": "rensa, signatures in batches",
          "datatrove": "datatrove, four stages"}
-THRESHOLD, NGRAM, BANDS, SIZE = 0.8, 5, 14, 8
+THRESHOLD, NGRAM, BANDS, SIZE = 0.8, 5, 16, 7
 WORDS, CHUNK = 50_000, 50_000
 
 
@@ -157,59 +157,68 @@ def compare(options: argparse.Namespace) -> None:
                 kept = set(Path(found.pop("kept")).read_text().split())
                 found |= dict(zip(("recall", "precision"), judge(kept, families, near)), kept=len(kept))
                 runs[arm].append(found)
-                print(f"round {round_ + 1} {arm}: {options.rows / found['seconds']:.0f} rows/s, {found['cpu']:.1f} s of processor time, "
+                print(f"round {round_ + 1} {arm}: {options.rows / found['seconds']:.0f} rows/s, {found['cpu'] or 0:.1f} s of processor time, "
                       f"{found['peak_bytes'] / 1e9:.2f} GB, recall {found['recall']:.4f}, precision {found['precision']:.4f}, {len(kept)} kept",
                       found["notes"] or "", flush=True)
     table = {arm: {"rows_per_second": options.rows / statistics.median(f["seconds"] for f in found),
                    "peak_bytes": statistics.median(f["peak_bytes"] for f in found),
-                   "cpu": statistics.median(f["cpu"] / o["cpu"] for f, o in zip(found, runs.get("ftpipe", found))),
+                   "cpu": statistics.median(f["cpu"] / o["cpu"] for f, o in zip(found, runs.get("ftpipe", found))) if found[0]["cpu"] else None,
                    "times": statistics.median(f["seconds"] / o["seconds"] for f, o in zip(found, runs.get("ftpipe", found))),
                    "recall": found[0]["recall"], "precision": found[0]["precision"]} for arm, found in runs.items()}
     print(f"\n{options.rows} rows, {sum(map(len, near))} near pairs, {options.threads} threads, {options.rounds} rounds\n")
     print("| | rows/s | ftpipe is | in processor time | peak memory | recall | precision |\n|---|---|---|---|---|---|---|")
     for arm, f in table.items():
-        print(f"| {ABOUT[arm]} | {f['rows_per_second']:.0f} | {f['times']:.2f} x | {f['cpu']:.2f} x | {f['peak_bytes'] / 1e9:.2f} GB | {f['recall']:.4f} | "
+        cpu = f"{f['cpu']:.2f} x" if f["cpu"] else "?"
+        print(f"| {ABOUT[arm]} | {f['rows_per_second']:.0f} | {f['times']:.2f} x | {cpu} | {f['peak_bytes'] / 1e9:.2f} GB | {f['recall']:.4f} | "
               f"{f['precision']:.4f} |")
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))
 
 
-def removed(before: Path, after: Path) -> None:
+def removed(before: Path, after: Path, write: Path | None) -> None:
     """What ftpipe drops from a set beside what its makers removed."""
     import numpy as np
     from _dedup_arm import ftpipe_decisions
     from scipy.sparse import csr_matrix
 
-
     rows = [" \n".join(str(v) for v in row.values()) for row in json.loads(before.read_text())]
     left = {" \n".join(str(v) for v in row.values()) for row in json.loads(after.read_text())}
     with tempfile.TemporaryDirectory() as folder:
-        dropped = ftpipe_decisions(Path(folder), rows, THRESHOLD)
+        ours = ftpipe_decisions(Path(folder), rows, THRESHOLD)
     theirs = {i for i, said in enumerate(rows) if said not in left}
     sets = [grams(said) for said in rows]
+    wrong = [i for i, (keeper, j) in ours.items() if j < THRESHOLD or abs(jaccard(sets[i], sets[keeper]) - j) > 1e-9]
     column: dict[tuple, int] = {}
     at = [[column.setdefault(g, len(column)) for g in s] for s in sets]
     size = np.array([len(s) for s in sets])
     matrix = csr_matrix((np.ones(size.sum(), np.int32), np.concatenate(at), np.concatenate([[0], np.cumsum(size)])), shape=(len(rows), len(column)))
-    stays = {"ftpipe": np.array([i not in dropped for i in range(len(rows))]), "makers": np.array([i not in theirs for i in range(len(rows))])}
-    best = {name: np.zeros(len(rows)) for name in stays}  # similarity to the most alike other row that stays
+    stays = {"ftpipe": np.array([i not in ours for i in range(len(rows))]), "makers": np.array([i not in theirs for i in range(len(rows))])}
+    best, whom = ({name: np.zeros(len(rows), t) for name in stays} for t in (float, int))  # the most alike other row that stays
+    pairs = missed = 0
     for start in range(0, len(rows), 500):
         shared = (matrix[start:start + 500] @ matrix.T).toarray()
         similarity = shared / (size[start:start + 500, None] + size[None, :] - shared)
-        similarity[np.arange(len(shared)), start + np.arange(len(shared))] = 0
+        own = np.arange(start, start + len(shared))
+        similarity[np.arange(len(shared)), own] = 0
+        near = similarity >= THRESHOLD
+        pairs += int(near.sum())
+        missed += int((near & stays["ftpipe"][own, None] & stays["ftpipe"][None, :]).sum())
         for name, kept in stays.items():
-            best[name][start:start + 500] = np.where(kept[None, :], similarity, 0).max(1)
-    wrong = [i for i, (keeper, j) in dropped.items() if j < THRESHOLD or abs(jaccard(sets[i], sets[keeper]) - j) > 1e-9]
-    print(f"{len(rows)} rows; the makers removed {len(theirs)}, ftpipe drops {len(dropped)} (5-grams of words, similarity {THRESHOLD} or more), both "
-          f"{len(theirs & dropped.keys())}; {len(wrong)} of ftpipe's drops have another similarity to the keeper than stated")
-    missed = [i for i in range(len(rows)) if stays["ftpipe"][i] and best["ftpipe"][i] >= THRESHOLD]
-    print(f"rows that ftpipe keeps though one that it keeps is at or above the threshold: {len(missed)}")
-    for title, these, which in (("only the makers removed: similarity to the most alike row that ftpipe keeps", sorted(theirs - dropped.keys()), "ftpipe"),
-                                ("only ftpipe drops: similarity to the most alike row that the makers kept", sorted(dropped.keys() - theirs), "makers")):
-        print(f"\n{title}\n")
+            seen = np.where(kept[None, :], similarity, 0)
+            best[name][own], whom[name][own] = seen.max(1), seen.argmax(1)
+    print(f"{len(rows)} rows; the makers removed {len(theirs)}, ftpipe drops {len(ours)} (5-grams of words, similarity {THRESHOLD} or more), both "
+          f"{len(theirs & ours.keys())}. Of {pairs // 2} pairs at or above the threshold, found by comparing all with all, ftpipe keeps both rows of "
+          f"{missed // 2}. {len(wrong)} of its drops are not what it says of them.")
+    listed = []
+    for title, these, which in (("only the makers removed: similarity to the most alike row that ftpipe keeps", sorted(theirs - ours.keys()), "ftpipe"),
+                                ("only ftpipe drops: similarity to the most alike row that the makers kept", sorted(ours.keys() - theirs), "makers")):
         counts, edges = np.histogram(best[which][these], bins=[0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0001])
-        print("| " + " | ".join(f"{a:.1f} to {b:.1f}" for a, b in itertools.pairwise(edges)) + " |\n" + "|---" * len(counts) + "|")
+        print(f"\n{title}\n\n| " + " | ".join(f"{a:.1f} to {b:.1f}" for a, b in itertools.pairwise(edges)) + " |\n" + "|---" * len(counts) + "|")
         print("| " + " | ".join(map(str, counts)) + " |")
+        listed += [{"row": i, "kept by": which, "most alike": int(whom[which][i]), "similarity": round(float(best[which][i]), 4),
+                    "ftpipe": {"keeper": ours[i][0], "similarity": round(ours[i][1], 4)} if i in ours else None} for i in these]
+    if write:
+        write.write_text(json.dumps(listed, indent=1))
 
 
 def main() -> None:
@@ -224,7 +233,7 @@ def main() -> None:
     parser.add_argument("--removed", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="compare with what the makers of a set removed")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
-    removed(*options.removed) if options.removed else compare(options)
+    removed(*options.removed, options.json) if options.removed else compare(options)
 
 
 if __name__ == "__main__":

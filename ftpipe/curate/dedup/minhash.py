@@ -40,7 +40,7 @@ class Minhash(Dedup):
     ngram: int = Field(default=5, ge=1, description="Words (or characters) in an n-gram.")
     unit: Unit = Field(default="words", description="What n-grams are made of; characters for languages written without spaces.")
     permutations: int = Field(default=112, ge=1, le=4096, description="Length of the signatures; divided into bands to suit threshold and recall.")
-    recall: float = Field(default=0.9, gt=0, lt=1, description="Least probability that a pair at the threshold is found.")
+    recall: float = Field(default=0.97, gt=0, lt=1, description="Least probability that a pair at the threshold is found.")
     bands: int | None = Field(default=None, ge=1, description="Number of bands, instead of the solved one; together with `band_size`.")
     band_size: int | None = Field(default=None, ge=1, description="Minima in a band, instead of the solved number.")
     leaders: int = Field(default=16, ge=1, description="Rows of a bucket that its others are compared with, at most; bounds the cost of false candidates.")
