@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 
@@ -12,9 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from ftpipe import slots
 from ftpipe.curate.dedup import _bands, _greedy
 from ftpipe.curate.shingles import FACTOR, Sets, mix, sets, tokens
-from ftpipe.data.rows import rows_schema
+from ftpipe.curate.step import StepContext
+from ftpipe.data.rows import RowSet, rows_schema
+from ftpipe.stages.base import Environment, Listener
 from tests.artifacts import decisions, kept_ids, rows_artifact, run_step, text
 
 WORDS = [f"w{i}" for i in range(2000)]
@@ -129,6 +133,25 @@ def test_second_run_drops_nothing(tmp_path):
     second = run_step(tmp_path, first, {"minhash": {"threshold": 0.6}})
     assert first.counts["rows_kept"] < len(texts)
     assert second.counts["rows_kept"] == second.counts["rows_in"] == first.counts["rows_kept"]
+
+
+def test_a_killed_search_does_not_sign_the_rows_again(tmp_path, monkeypatch):
+    source = rows_artifact(tmp_path, [text(t) for t in planted(9, clusters=20)])
+    whole = run_step(tmp_path, source, "minhash")
+    out, work = tmp_path / "killed-out", tmp_path / "killed-work"
+    out.mkdir(), work.mkdir()
+    ctx = StepContext(name="s", key="k", out=out, work=work, inputs={}, env=Environment(tmp_path, tmp_path, ""), log=logging.getLogger("test"),
+                      listener=Listener(), method="minhash")
+    step = slots.find("curate", "minhash")()
+    with monkeypatch.context() as patch:
+        patch.setattr(_greedy.Search, "_round", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step.duplicates(RowSet(source), ctx)
+    monkeypatch.setattr(_bands.Index, "fill", None)
+    found = step.duplicates(RowSet(source), ctx)
+    lost = {row: v["keeper"] for row, v in decisions(whole).items() if not v["kept"]}
+    assert dict(zip(found["row_id"].to_pylist(), found["keeper"].to_pylist())) == lost and len(lost) > 10
+    assert not list(work.iterdir())
 
 
 def test_a_chain_is_not_merged(tmp_path):

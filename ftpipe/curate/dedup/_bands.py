@@ -120,6 +120,19 @@ class Index:
             for file in files:
                 file.close()
         self.arrived = np.concatenate([self.arrived, *ranks])
+        part = self.folder / "index.part.npz"
+        np.savez(part, starts=self.starts, sizes=self.sizes, whole=self.whole, arrived=self.arrived)
+        part.replace(self.folder / "index.npz")
+        return Sets(self.folder / "shingles", self.starts, self.sizes)
+
+    def load(self) -> Sets | None:
+        """The shingle sets, if an earlier run with this folder, for the same rows and settings, came to the end of `fill`."""
+        import numpy as np
+
+        if not (self.folder / "index.npz").exists():
+            return None
+        with np.load(self.folder / "index.npz", allow_pickle=False) as saved:
+            self.starts, self.sizes, self.whole, self.arrived = (saved[k] for k in ("starts", "sizes", "whole", "arrived"))
         return Sets(self.folder / "shingles", self.starts, self.sizes)
 
     def _batch(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:

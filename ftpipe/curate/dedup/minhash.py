@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -30,7 +29,7 @@ class Minhash(Dedup):
     order of the rows nor on threads or files.
 
     Cost: about 8 bytes on disk for each n-gram and 8 for each row and band, below the stage's work folder; in memory about 70 for each row, and at
-    most some hundred megabytes for what is being read and compared.
+    most some hundred megabytes for what is being read and compared. A run that was killed while it searched does not sign the rows again.
     """
 
     libraries = ("pyarrow",)  # its lower case and white space
@@ -57,20 +56,25 @@ class Minhash(Dedup):
 
     def duplicates(self, rows: RowSet, ctx: StepContext) -> pa.Table:
         bands, size = self.shape()
-        with tempfile.TemporaryDirectory(dir=ctx.work) as scratch, connection(rows, ctx) as con:
+        scratch = ctx.work / "signatures"
+        scratch.mkdir(exist_ok=True)
+        with connection(rows, ctx) as con:
             began = time.monotonic()
             n, fixed = self.rank(rows, ctx, con)
-            index = _bands.Index(Path(scratch), n, ngram=self.ngram, unit=self.unit, bands=bands, size=size)
-            texts = con.sql(f"select rank, {row_text(self.part)} as text from compared").to_arrow_reader(BATCH)
-            shingles = index.fill(texts, progress=lambda done: ctx.progress(done, n, "rows"))
+            index = _bands.Index(scratch, n, ngram=self.ngram, unit=self.unit, bands=bands, size=size)
+            shingles = index.load()
+            if shingles is None:
+                texts = con.sql(f"select rank, {row_text(self.part)} as text from compared").to_arrow_reader(BATCH)
+                shingles = index.fill(texts, progress=lambda done: ctx.progress(done, n, "rows"))
             signed = time.monotonic()
-            search = _greedy.Search(index, shingles, self.threshold, self.leaders, Path(scratch), fixed=fixed,
+            search = _greedy.Search(index, shingles, self.threshold, self.leaders, scratch, fixed=fixed,
                                     progress=lambda share: ctx.progress(share, 1.0, "decided"))
             dropped, keepers, similarity = search.run()
             done = time.monotonic()
             found = self.found(con, dropped, keepers, similarity)
             largest = {"ranks": [first for first, _ in search.largest]}
             named = dict(con.execute("select rank, row_id from ranked where list_contains($ranks, rank)", largest).fetchall())
+        shutil.rmtree(scratch)
         ctx.notes |= {"seconds_signatures": round(signed - began, 3), "seconds_search": round(done - signed, 3),
                       "signatures_per_second": round(n / (signed - began))}
         ctx.report({"bands": bands, "band_size": size, "recall_at_threshold": _bands.recall(self.threshold, bands, size), "compared": search.compared,
