@@ -42,7 +42,8 @@ class Minhash(Dedup):
     recall: float = Field(default=0.97, gt=0, lt=1, description="Least probability that a pair at the threshold is found.")
     bands: int | None = Field(default=None, ge=1, description="Number of bands, instead of the solved one; together with `band_size`.")
     band_size: int | None = Field(default=None, ge=1, description="Minima in a band, instead of the solved number.")
-    leaders: int = Field(default=16, ge=1, description="Rows of a bucket that its others are compared with, at most; bounds the cost of false candidates.")
+    leaders: int = Field(default=16, ge=1, le=65_535, description="Rows of a bucket that its others are compared with, at most; bounds the cost of "
+                         "false candidates.")
 
     @model_validator(mode="after")
     def _both(self) -> Minhash:
@@ -64,8 +65,10 @@ class Minhash(Dedup):
             index = _bands.Index(scratch, n, ngram=self.ngram, unit=self.unit, bands=bands, size=size)
             shingles = index.load()
             if shingles is None:
+                con.execute("set preserve_insertion_order = false")  # rows are numbered, and come in any order with less memory
                 texts = con.sql(f"select rank, {row_text(self.part)} as text from compared").to_arrow_reader(BATCH)
                 shingles = index.fill(texts, progress=lambda done: ctx.progress(done, n, "rows"))
+                con.execute("set preserve_insertion_order = true")
             signed = time.monotonic()
             search = _greedy.Search(index, shingles, self.threshold, self.leaders, scratch, fixed=fixed,
                                     progress=lambda share: ctx.progress(share, 1.0, "decided"))

@@ -72,7 +72,10 @@ class Sentences(Dedup):
     have a Jaccard similarity of `near` or more count as one (found by MinHash, as in `minhash`; the more frequent one stands for the other). A row that
     holds one too frequent is replaced by a new row without it, which names the old one as its parent and comes after the other rows; all other rows stay
     as they are, to the byte.
-    A turn of a conversation, or a text, that consists of such sentences alone is left as it is, or its row dropped (`emptied`).
+    A turn of a conversation, or a text, that consists of such sentences alone is left as it is, or its row dropped (`emptied`). With `heldout` and
+    `against` the sentences of those rows count too; only train rows lose any. `prefer` says which row is the first one for `keep_one`.
+
+    New rows are kept on disk until they are written; in memory are the too frequent sentences, and a name for each row that changes.
     """
 
     paper: ClassVar[str] = ("BaichuanSEED: Sharing the Potential of ExtensivE Data Collection and Deduplication by Introducing a Competitive Large Language "
