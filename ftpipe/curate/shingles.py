@@ -237,7 +237,7 @@ class Sets:
             values = np.frombuffer(self.map or b"", np.uint64)
         self.values = values
 
-    def intersections(self, a: np.ndarray, b: np.ndarray, *, at_once: int = 2**20) -> np.ndarray:
+    def intersections(self, a: np.ndarray, b: np.ndarray, *, at_once: int = 2**17) -> np.ndarray:
         """Size (int64) of the intersection of the sets of texts a[i] and b[i]; each processor has about `at_once` hashes in memory at a time."""
         import numpy as np
 
@@ -259,7 +259,7 @@ class Sets:
         pair = np.arange(len(a), dtype=np.uint64) << np.uint64(BITS)
         packed = np.concatenate([np.repeat(pair, self.sizes[i]) | self.values[ragged(self.starts[i], self.sizes[i])] for i in (a, b)])
         if self.map is not None:
-            self.map.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, but no longer count as this process's memory
+            self.map.madvise(mmap.MADV_DONTNEED)  # 64 KB around each set: they stay in the system's cache, but no longer count as this process's
         packed.sort()
         twice = packed[1:][packed[1:] == packed[:-1]]
         return np.bincount((twice >> np.uint64(BITS)).astype(np.int64), minlength=len(a))
