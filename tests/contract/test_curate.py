@@ -48,9 +48,12 @@ SETTINGS = {
     "rejection_sampling": {"samples": 2, "max_new_tokens": 4},
     "ssr": {"max_new_tokens": 4},
     "s3ft": {"max_new_tokens": 4, "checker": "exact"},
+    "semantic": {"threshold": 0.5},
+    "sentences": {"most": 2, "least_words": 1},
 }
 """Settings of the methods that need some; a selector without an entry gets half of the tokens."""
-PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector", "less", "instruct_mining", "deft_ucs"}
+PERMUTED = {"perplexity", "loss", "lobass", "sensitivity_sampling", "grape", "ifd", "got_d", "bsdetector", "less", "instruct_mining", "deft_ucs",
+            "semantic"}
 """Methods whose numbers come from a model: batches of another make-up change the last digits of a score, so only the rows are compared."""
 
 WORDS = ["it", "takes", "the", "name", "of", "a", "file", "and", "gives", "back", "what", "is", "in", "it", "as", "text"]

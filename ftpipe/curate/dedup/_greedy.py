@@ -9,11 +9,46 @@ from typing import TYPE_CHECKING
 
 from ftpipe.curate.dedup._bands import Index
 from ftpipe.curate.shingles import Sets
-from ftpipe.tables import connect
 
 if TYPE_CHECKING:
-    import duckdb
     import numpy as np
+
+AT_ONCE = 2**22
+"""Lines, or pairs to compare, that are in memory at a time."""
+
+
+class Lines:
+    """The rows of all buckets, a line (bucket << 32 | row, uint64) for each, ascending, in a file that is read in parts of whole buckets."""
+
+    def __init__(self, path: Path):
+        self.path, self.parts, self.waiting = path, [], []
+        path.write_bytes(b"")
+
+    def append(self, lines: np.ndarray) -> None:
+        """Add whole buckets."""
+        self.waiting.append(lines)
+        if sum(map(len, self.waiting)) >= AT_ONCE:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is left as one more part."""
+        with self.path.open("ab") as out:
+            for lines in self.waiting:
+                out.write(lines)
+        self.parts += [n] if (n := sum(map(len, self.waiting))) else []
+        self.waiting = []
+
+    def __len__(self) -> int:
+        return sum(self.parts)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(bucket, row) of the lines of each part, int64."""
+        import numpy as np
+
+        with self.path.open("rb") as file:
+            for n in self.parts:
+                lines = np.fromfile(file, np.uint64, n)
+                yield (lines >> np.uint64(32)).astype(np.int64), (lines & np.uint64(2**32 - 1)).astype(np.int64)
 
 
 @dataclass
@@ -23,17 +58,18 @@ class Search:
     This is the lexicographically first maximal independent set of the graph of near pairs, so what stays has no near pair left that a second
     run would find, and it depends on nothing but the ranks. It is found in rounds (Blelloch, Fineman and Shun, 2012, "Greedy sequential
     maximal independent set and matching are parallel on average"): a row that is the first undecided one of all its buckets stays; the
-    others of these buckets are compared with it alone (star edges, never all pairs) and those near it are dropped. A bucket of n equal rows
-    costs n - 1 comparisons. A bucket in which `leaders` rows have stayed is given up; this bounds the cost of buckets of false candidates.
+    others of these buckets are compared with it alone (star edges, never all pairs) and those near it are dropped. A bucket of n nearly equal
+    rows costs n - 1 comparisons. A bucket in which `leaders` rows have stayed is given up; this bounds the cost of buckets of false candidates.
 
-    Buckets are DuckDB tables, filled band by band, that spill to `scratch`; when at most `in_memory` lines of them are left, the rounds go on in
-    arrays, which are quicker for few.
+    Rows of equal sets share the fate of the first of them, so that one alone takes part. The lines of the buckets are in files in `scratch`; in
+    memory are some 40 bytes for each row, 2 for each bucket, and one part of the lines.
 
     Attributes:
         threshold: Jaccard similarity from which rows are near; that of every pair compared is the true one.
-        compared, rounds: pairs and rounds it took.
+        fixed: rows of a rank below this stay, whatever they are like.
+        compared, rounds: pairs and rounds it took. equal: rows dropped because an earlier one has the same shingles.
         given_up: rows that were left in buckets given up, counted once for each.
-        largest: the largest buckets, as (first row, number of rows).
+        largest: the largest buckets, as (first row, number of rows), and groups of rows of equal sets.
     """
 
     index: Index
@@ -41,9 +77,10 @@ class Search:
     threshold: float
     leaders: int
     scratch: Path
-    in_memory: int = 5_000_000
+    fixed: int = 0
     progress: Callable[[float], None] = lambda share: None
     compared: int = 0
+    equal: int = 0
     rounds: int = 0
     given_up: int = 0
     largest: list[tuple[int, int]] = field(default_factory=list)
@@ -52,103 +89,166 @@ class Search:
         """Dropped rows (ascending), the keeper of each, and their Jaccard similarity."""
         import numpy as np
 
-        found = []
-        with connect(self.scratch) as con:
-            self._fill(con)
-            start = left = _count(con, "member")
-            while left > self.in_memory:
-                self.rounds += 1
-                found.append(self._round(con))
-                left = _count(con, "member")
-                self.progress(1 - left / start)
-            rest = con.sql("select key, id, led from member").to_arrow_table() if left else None
-        if rest is not None:
-            found += self._finish(*(rest[c].to_numpy() for c in ("key", "id", "led")))
-        row, keeper, j = (np.concatenate([f[i] for f in found] or [np.empty(0, t)]) for i, t in enumerate((np.int64, np.int64, np.float64)))
-        order = np.argsort(row)
-        return row[order], keeper[order], j[order]
-
-    def _fill(self, con: duckdb.DuckDBPyConnection) -> None:
-        """Table `member` (key of a bucket, row id, led: how many of the bucket's rows have stayed so far) of all buckets of two or more rows."""
-        import numpy as np
-        import pyarrow as pa
-
-        con.execute("create table member (key ubigint, id bigint, led integer)")
-        ids = np.flatnonzero(self.index.sizes > 0)
-        largest: dict[int, int] = {}
-        for band in range(self.index.bands):
-            con.register("band", pa.table({"id": ids, "key": np.asarray(self.index.keys[band])[ids]}))
-            con.execute("create or replace temp table bucket as select key, min(id) as id, count(*) as n from band group by key having count(*) > 1")
-            con.execute("insert into member select key, band.id, 0 from band join bucket using (key)")
-            for first, n in con.sql("select id, n from bucket order by n desc, id limit 10").fetchall():
-                largest[first] = max(n, largest.get(first, 0))
-            con.unregister("band")
-        self.largest = sorted(largest.items(), key=lambda e: (-e[1], e[0]))[:10]
-
-    def _round(self, con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One round; returns (row, keeper, similarity) of the rows it drops."""
-        import pyarrow as pa
-
-        con.execute("create or replace table head as select key, min(id) as id from member group by key")
-        con.execute("""create or replace table leader as
-                       with heads as (select id, count(*) as n from head group by id),
-                            open as (select id, count(*) as n from member semi join heads using (id) group by id)
-                       select id from heads join open using (id, n)""")
-        pairs = con.sql("""select distinct leader.id as leader, member.id as row from member join head using (key) join leader on leader.id = head.id
-                           where member.id <> leader.id""").to_arrow_table()
-        row, leader, j = self._near(pairs["leader"].to_numpy(), pairs["row"].to_numpy())
-        con.register("gone", pa.table({"id": row}))
-        con.execute("""create or replace table rest as
-                       select member.key, member.id, member.led + (leader.id is not null)::integer as led
-                       from member join head using (key) left join leader on leader.id = head.id
-                       where member.id <> coalesce(leader.id, -1) and member.id not in (select id from gone)""")
-        con.unregister("gone")
-        con.execute(f"create or replace table open_bucket as select key from rest group by key having count(*) > 1 and max(led) < {self.leaders}")
-        self.given_up += con.sql(f"select count(*) from rest where led >= {self.leaders}").fetchall()[0][0]
-        con.execute("create or replace table member as select rest.* from rest semi join open_bucket using (key)")
-        return row, leader, j
-
-    def _finish(self, key: np.ndarray, ids: np.ndarray, led: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The same rounds on arrays with a line for each row of each bucket; gives what each round drops."""
-        import numpy as np
-
-        order = np.lexsort((ids, key))
-        names, row = np.unique(ids[order], return_inverse=True)  # numbers without gaps, in the same order
-        key, led, n = key[order], led[order], len(names)
-        while len(row):
+        n = self.index.n
+        first = self._equals()
+        lines = self._lines(first)
+        led = np.zeros(self._buckets, np.uint16)
+        keeper, similarity = np.full(n, -1, np.int64), np.zeros(n)
+        start = len(lines)
+        if self.fixed and start:
+            lines = self._against(lines, led, keeper, similarity)
+        while len(lines):
             self.rounds += 1
-            first = np.concatenate([[True], key[1:] != key[:-1]])
-            head = row[first][np.cumsum(first) - 1]
-            heads = np.bincount(row[first], minlength=n)
-            leads = (heads > 0) & (heads == np.bincount(row, minlength=n))
-            star = leads[head] & ~first
-            pairs = np.unique(head[star] * n + row[star])
-            dropped, keeper, j = self._near(names[pairs // n], names[pairs % n])
-            yield dropped, keeper, j
-            gone = leads.copy()
-            gone[np.searchsorted(names, dropped)] = True
-            led = led + leads[head]
-            stay = ~gone[row]
-            self.given_up += int((stay & (led >= self.leaders)).sum())
-            stay &= led < self.leaders
-            key, row, led = key[stay], row[stay], led[stay]
-            same = key[1:] == key[:-1]
-            pair = np.concatenate([[False], same]) | np.concatenate([same, [False]]) if len(key) else np.empty(0, bool)
-            key, row, led = key[pair], row[pair], led[pair]
+            lines = self._round(lines, led, keeper, similarity)
+            self.progress(1 - len(lines) / start)
+        # rows of equal sets: the first is the keeper, or has one
+        keeper, similarity = keeper[first], similarity[first]
+        twin = np.flatnonzero((first != np.arange(n)) & (keeper < 0))
+        self.equal = int((twin >= self.fixed).sum())
+        keeper[twin], similarity[twin] = first[twin], 1.0
+        dropped = np.flatnonzero(keeper >= 0)
+        dropped = dropped[dropped >= self.fixed]
+        return dropped, keeper[dropped], similarity[dropped]
 
-    def _near(self, leader: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row, leader, similarity) of the rows that are near a leader; of several, the most alike, then the first, keeps it."""
+    def _equals(self) -> np.ndarray:
+        """(n,) the lowest row of the same shingles as each."""
         import numpy as np
 
-        j = self.sets.jaccard(leader, row, at_least=self.threshold)
-        self.compared += len(row)
-        near = j >= self.threshold
-        leader, row, j = leader[near], row[near], j[near]
-        order = np.lexsort((leader, -j, row))
-        leader, row, j = leader[order], row[order], j[order]
-        first = np.concatenate([[True], row[1:] != row[:-1]]) if len(row) else np.empty(0, bool)
-        return row[first], leader[first], j[first]
+        whole, first = self.index.whole, np.arange(self.index.n)
+        order = np.argsort(whole, kind="stable")
+        fresh = np.ones(len(order), bool)
+        fresh[1:] = whole[order[1:]] != whole[order[:-1]]
+        fresh |= self.index.sizes[order] == 0
+        heads = np.flatnonzero(fresh)
+        many = np.diff(heads, append=len(order))
+        first[order] = np.repeat(order[heads], many)
+        self._weight = np.zeros(len(order), np.int64)
+        self._weight[order[heads]] = many
+        self._note(order[heads], many)
+        return first
+
+    def _note(self, first: np.ndarray, many: np.ndarray) -> None:
+        """Remember the largest of the groups of `many` rows, whose lowest ones are `first`."""
+        import numpy as np
+
+        most = np.flatnonzero(many >= max(2, np.partition(many, -10)[-10] if len(many) > 10 else 2))
+        most = most[np.lexsort((first[most], -many[most]))[:10]]
+        found = dict(self.largest)
+        for row, n in zip(first[most].tolist(), many[most].tolist()):
+            found[row] = max(n, found.get(row, 0))
+        self.largest = sorted(found.items(), key=lambda e: (-e[1], e[0]))[:10]
+
+    def _lines(self, first: np.ndarray) -> Lines:
+        """The buckets of all bands."""
+        import numpy as np
+
+        these = (first == np.arange(len(first))) & (self.index.sizes > 0)
+        lines, self._buckets = Lines(self.scratch / "lines-0"), 0
+        for band in range(self.index.bands):
+            for bucket, row in self.index.buckets(band, these):
+                if len(row):
+                    starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+                    self._note(row[starts], np.add.reduceat(self._weight[row], starts))
+                    lines.append(((bucket + self._buckets).astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64))
+                    self._buckets += int(bucket[-1]) + 1
+        lines.close()
+        return lines
+
+    def _round(self, lines: Lines, led: np.ndarray, keeper: np.ndarray, similarity: np.ndarray) -> Lines:
+        """One round: fills in `keeper` and `similarity` of the rows it drops, counts in `led` how many rows of each bucket have stayed, and returns
+        the lines of the rows that are undecided."""
+        import numpy as np
+
+        heads, open_ = np.zeros(self.index.n, np.int32), np.zeros(self.index.n, np.int32)
+        for bucket, row in lines:
+            np.add.at(open_, row, 1)
+            np.add.at(heads, row[_firsts(bucket)], 1)
+        leads = (heads > 0) & (heads == open_)
+
+        def stars() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for bucket, row in lines:
+                first = _firsts(bucket)
+                head = row[first][np.cumsum(first) - 1]
+                star = leads[head] & ~first
+                yield head[star], row[star]
+
+        self._compare(stars(), keeper, similarity)
+        for bucket, row in lines:
+            at = bucket[_firsts(bucket)]
+            led[at] += leads[row[_firsts(bucket)]]
+        return self._left(lines, led, ~leads & (keeper < 0))
+
+    def _against(self, lines: Lines, led: np.ndarray, keeper: np.ndarray, similarity: np.ndarray) -> Lines:
+        """The same for the fixed rows, which are the first of their buckets: the others are compared with up to `leaders` of them."""
+        import numpy as np
+
+        def stars() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for bucket, row in lines:
+                start = np.flatnonzero(_firsts(bucket))
+                many = np.diff(start, append=len(row))
+                own, start = np.repeat(many, many), np.repeat(start, many)
+                for i in range(self.leaders):
+                    star = np.flatnonzero((i < own) & (row >= self.fixed))
+                    star = star[row[start[star] + i] < self.fixed]
+                    if not len(star):
+                        break
+                    yield row[start[star] + i], row[star]
+
+        self._compare(stars(), keeper, similarity)
+        for bucket, row in lines:
+            at, many = np.unique(bucket[row < self.fixed], return_counts=True)
+            led[at] = np.minimum(many, self.leaders)
+        return self._left(lines, led, (np.arange(self.index.n) >= self.fixed) & (keeper < 0))
+
+    def _left(self, lines: Lines, led: np.ndarray, undecided: np.ndarray) -> Lines:
+        """The lines of undecided rows in buckets of two or more of them that are not given up."""
+        import numpy as np
+
+        rest = Lines(lines.path.with_name(f"lines-{self.rounds + 1}"))
+        for bucket, row in lines:
+            stay = undecided[row]
+            bucket, row = bucket[stay], row[stay]
+            going = led[bucket] < self.leaders
+            self.given_up += int((~going).sum())
+            bucket, row = bucket[going], row[going]
+            same = np.zeros(len(bucket) + 1, bool)
+            np.equal(bucket[1:], bucket[:-1], out=same[1:-1])
+            pair = same[1:] | same[:-1]
+            rest.append((bucket[pair].astype(np.uint64) << np.uint64(32)) | row[pair].astype(np.uint64))
+        rest.close()
+        lines.path.unlink()
+        return rest
+
+    def _compare(self, stars: Iterator[tuple[np.ndarray, np.ndarray]], keeper: np.ndarray, similarity: np.ndarray) -> None:
+        """Compare rows with leaders, and give each row that is near one the most alike of them, of several the first, as its keeper."""
+        import numpy as np
+
+        best = np.full(0, 0)
+        waiting: list[np.ndarray] = []
+        near: list[tuple[np.ndarray, ...]] = []
+
+        def look() -> None:
+            pairs = np.unique(np.concatenate(waiting))
+            waiting.clear()
+            leader, row = (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(2**32 - 1)).astype(np.int64)
+            j = self.sets.jaccard(leader, row, at_least=self.threshold)
+            self.compared += len(row)
+            found = j >= self.threshold
+            near.append((leader[found], row[found], j[found]))
+
+        for leader, row in stars:
+            waiting.append(np.unique((leader.astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64)))
+            if sum(map(len, waiting)) >= AT_ONCE:
+                look()
+        if waiting:
+            look()
+        leader, row, j = (np.concatenate([e[i] for e in near]) if near else best for i in range(3))
+        order = np.lexsort((-leader, j, row))  # the last of each row is the best
+        keeper[row[order]], similarity[row[order]] = leader[order], j[order]
 
 
-def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
-    return con.sql(f"select count(*) from {table}").fetchall()[0][0]
+def _firsts(bucket: np.ndarray) -> np.ndarray:
+    """Which lines are the first of their bucket."""
+    import numpy as np
+
+    return np.diff(bucket, prepend=-1) != 0

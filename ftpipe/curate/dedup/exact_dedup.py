@@ -30,15 +30,16 @@ class ExactDedup(Dedup):
 
     def duplicates(self, rows: RowSet, ctx: StepContext) -> pa.Table:
         with connection(rows, ctx) as con:
-            self.rank(rows, con)
+            self.rank(rows, ctx, con)
             said = exact_text(self.part, ignore_case=self.ignore_case, ignore_whitespace=self.ignore_whitespace)
-            con.execute(f"""create table hashed as select row_id, rank, left(sha256(said), 32) as h
-                            from (select row_id, rank, {said} as said from rows join ranked using (row_id)) where said <> ''""")
+            con.execute(f"""create table hashed as select origin, row_id, rank, left(sha256(said), 32) as h
+                            from (select origin, row_id, rank, {said} as said from compared) where said <> ''""")
             found = con.sql("""with one as (select h, min(rank) as rank from hashed group by h having count(*) > 1)
-                               select d.row_id, k.row_id as keeper, 1.0::double as score
+                               select d.row_id, k.row_id as keeper, 1.0::double as score, k.origin
                                from one join hashed k using (h, rank) join hashed d on d.h = one.h and d.rank <> one.rank
-                               order by d.row_id""").to_arrow_table()
-            largest = con.sql("select count(*) as rows, min(row_id) as row_id from hashed group by h having count(*) > 1 order by rows desc, row_id limit 10")
+                               where d.origin = 0 order by d.row_id""").to_arrow_table()
+            largest = con.sql("select count(*) as rows, min_by(row_id, rank) as row_id from hashed group by h having count(*) > 1 "
+                              "order by rows desc, row_id limit 10")
             ctx.report({"groups": con.sql("select count(*) from (select 1 from hashed group by h having count(*) > 1)").fetchall()[0][0],
                         "largest": [{"rows": n, "row_id": r} for n, r in largest.fetchall()]})
         return found

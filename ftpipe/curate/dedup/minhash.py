@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -29,7 +28,8 @@ class Minhash(Dedup):
     a higher one. Rows with fewer words than an n-gram are duplicates only of rows with the same words. What is kept depends neither on the
     order of the rows nor on threads or files.
 
-    Cost: about 8 bytes on disk for each n-gram and 8 for each row and band, below the stage's work folder; in memory one band at a time.
+    Cost: about 8 bytes on disk for each n-gram and 8 for each row and band, below the stage's work folder; in memory about 70 for each row, and at
+    most some hundred megabytes for what is being read and compared. A run that was killed while it searched does not sign the rows again.
     """
 
     libraries = ("pyarrow",)  # its lower case and white space
@@ -39,10 +39,11 @@ class Minhash(Dedup):
     ngram: int = Field(default=5, ge=1, description="Words (or characters) in an n-gram.")
     unit: Unit = Field(default="words", description="What n-grams are made of; characters for languages written without spaces.")
     permutations: int = Field(default=112, ge=1, le=4096, description="Length of the signatures; divided into bands to suit threshold and recall.")
-    recall: float = Field(default=0.9, gt=0, lt=1, description="Least probability that a pair at the threshold is found.")
+    recall: float = Field(default=0.97, gt=0, lt=1, description="Least probability that a pair at the threshold is found.")
     bands: int | None = Field(default=None, ge=1, description="Number of bands, instead of the solved one; together with `band_size`.")
     band_size: int | None = Field(default=None, ge=1, description="Minima in a band, instead of the solved number.")
-    leaders: int = Field(default=16, ge=1, description="Rows of a bucket that its others are compared with, at most; bounds the cost of false candidates.")
+    leaders: int = Field(default=16, ge=1, le=65_535, description="Rows of a bucket that its others are compared with, at most; bounds the cost of "
+                         "false candidates.")
 
     @model_validator(mode="after")
     def _both(self) -> Minhash:
@@ -55,25 +56,33 @@ class Minhash(Dedup):
         return (self.bands, self.band_size) if self.bands and self.band_size else _bands.solve(self.threshold, self.permutations, self.recall)
 
     def duplicates(self, rows: RowSet, ctx: StepContext) -> pa.Table:
-        import pyarrow as pa
-
         bands, size = self.shape()
-        with tempfile.TemporaryDirectory(dir=ctx.work) as scratch:
+        scratch = ctx.work / "signatures"
+        scratch.mkdir(exist_ok=True)
+        with connection(rows, ctx) as con:
             began = time.monotonic()
-            with connection(rows, ctx) as con:
-                n = self.rank(rows, con)
-                index = _bands.Index(Path(scratch), n, ngram=self.ngram, unit=self.unit, bands=bands, size=size)
-                texts = con.sql(f"select rank, {row_text(self.part)} as text from rows join ranked using (row_id)")
-                shingles = index.fill(texts.to_arrow_reader(BATCH))
-                ids = con.sql("select row_id from ranked order by rank").to_arrow_table()["row_id"]
+            n, fixed = self.rank(rows, ctx, con)
+            index = _bands.Index(scratch, n, ngram=self.ngram, unit=self.unit, bands=bands, size=size)
+            shingles = index.load()
+            if shingles is None:
+                con.execute("set preserve_insertion_order = false")  # rows are numbered, and come in any order with less memory
+                texts = con.sql(f"select rank, {row_text(self.part)} as text from compared").to_arrow_reader(BATCH)
+                shingles = index.fill(texts, progress=lambda done: ctx.progress(done, n, "rows"))
+                con.execute("set preserve_insertion_order = true")
             signed = time.monotonic()
-            search = _greedy.Search(index, shingles, self.threshold, self.leaders, Path(scratch), progress=lambda share: ctx.progress(share, 1.0, "decided"))
+            search = _greedy.Search(index, shingles, self.threshold, self.leaders, scratch, fixed=fixed,
+                                    progress=lambda share: ctx.progress(share, 1.0, "decided"))
             dropped, keepers, similarity = search.run()
             done = time.monotonic()
+            found = self.found(con, dropped, keepers, similarity)
+            largest = {"ranks": [first for first, _ in search.largest]}
+            named = dict(con.execute("select rank, row_id from ranked where list_contains($ranks, rank)", largest).fetchall())
+        shutil.rmtree(scratch)
         ctx.notes |= {"seconds_signatures": round(signed - began, 3), "seconds_search": round(done - signed, 3),
                       "signatures_per_second": round(n / (signed - began))}
         ctx.report({"bands": bands, "band_size": size, "recall_at_threshold": _bands.recall(self.threshold, bands, size), "compared": search.compared,
-                    "rounds": search.rounds, "given_up": search.given_up,
-                    "largest_buckets": [{"rows": k, "row_id": ids[leader].as_py()} for leader, k in search.largest]})
-        ctx.log.info("%d bands of %d; %d comparisons in %d rounds; %d near duplicates", bands, size, search.compared, search.rounds, len(dropped))
-        return pa.table({"row_id": ids.take(pa.array(dropped)), "keeper": ids.take(pa.array(keepers)), "score": pa.array(similarity)})
+                    "equal": search.equal, "rounds": search.rounds, "given_up": search.given_up,
+                    "largest_buckets": [{"rows": k, "row_id": named[first]} for first, k in search.largest]})
+        ctx.log.info("%d bands of %d; %d comparisons in %d rounds; %d near duplicates, %d of them equal", bands, size, search.compared, search.rounds,
+                     len(dropped), search.equal)
+        return found
