@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftpipe.curate.made import write_made
 from ftpipe.curate.step import CurateStep, StepContext, connection
-from ftpipe.data.rows import TRAIN, RowSet, write_kept
+from ftpipe.data.rows import RowSet, write_kept
 from ftpipe.errors import DataError
 
 if TYPE_CHECKING:
