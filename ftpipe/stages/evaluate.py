@@ -142,7 +142,7 @@ class Evaluate(Stage):
 
         def system(name: str, content: str | None, folder: Path | None) -> System:
             return System(name, same | {"adapter": content},
-                          lambda: ModelService.open(self.model, ctx.env, adapter=folder, dtype=self.dtype))
+                          lambda: ModelService.open(self.model, ctx.env, adapter=folder, dtype=self.dtype), ctx.env.cache / "generations")
 
         made = [system("base", None, None)]
         for name, ref in {"adapter": self.candidate, **self.controls}.items():
@@ -175,6 +175,7 @@ class Evaluate(Stage):
             done, fresh = done + 1, fresh + now
             ctx.progress(done, total, "items")
 
+        speed: dict[str, Any] = {}
         for system in systems:
             try:
                 for suite, items in asked:
@@ -183,6 +184,10 @@ class Evaluate(Stage):
                     answered += answer(system, questions, ctx.env.cache, self.max_new_tokens, on_item)
             finally:
                 system.close()
+            if system.seconds:
+                speed[system.name] = {"tokens": system.tokens, "tokens_per_second": round(system.tokens / system.seconds, 2)}
+        if speed:
+            ctx.notes["generation"] = speed
         ctx.notes |= {"asked": fresh, "cached": total - fresh}
         ctx.log.info("%d answers and scores, %d of them known from before", total, total - fresh)
         return found, answered

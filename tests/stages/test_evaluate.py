@@ -230,3 +230,14 @@ def test_own_general_text_and_a_bad_line_in_it(world: World, workspace: Path, tm
     pipeline = alone(world, workspace, "good", evaluate={"suites": [{"general_text": {"path": str(path), "label": "own"}}], "examples": 0})
     planned = {p.name: p for p in plan(pipeline, Store(workspace))}["evaluate"]
     assert planned.run and "suites.own.text changed" in planned.reason
+
+
+def test_generated_answers_are_scored_and_their_speed_is_a_note(world: World, workspace: Path):
+    suite = {"generation": {"checker": {"regex": {"pattern": r"^<\d\d\|", "compare": False}}, "max_new_tokens": 16}}
+    artifact = evaluated(world, workspace, "good", evaluate={"suites": [suite], "examples": 0})
+    c, = artifact.json("comparisons.json")
+    assert (c["suite"], c["metric"], c["n"], c["mean_a"], c["mean_b"]) == ("generation", "regex", 8, 1.0, 0.0) and c["p_value"] == pytest.approx(2 / 2**8)
+    speed = artifact.manifest["notes"]["generation"]
+    assert set(speed) == {"base", "adapter"} and speed["adapter"]["tokens"] == 8 * 13 and speed["adapter"]["tokens_per_second"] > 0
+    again = evaluated(world, workspace, "good", evaluate={"suites": [suite], "examples": 0, "resamples": 401})
+    assert again.manifest["notes"]["asked"] == 0 and "generation" not in again.manifest["notes"]
