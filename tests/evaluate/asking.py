@@ -39,5 +39,5 @@ def scores(suite: Suite, system: System, asked: Given, metric: str | None = None
     """Score by item id, in the items' order; of the only metric unless one is named."""
     found = {}
     for item, each in results(system, suite, suite.items(asked), asked.env.cache, lambda now: None):
-        found |= {item.id: s.score for s in each if metric in (None, s.metric)}
+        found |= {i: s.score for i, s in ((item.id, s) for s in each) if metric in (None, s.metric)}
     return found
