@@ -75,7 +75,8 @@ class Evaluate(Stage):
         from ftpipe.models.loading import identity
 
         files = {label: found for suite in self.suites if (found := suite.externals(env)) for label in suite.labels()[:1]}
-        return {"base": identity(self.model, env), "suites": files}
+        read = {diagnostic.name(): found for diagnostic in self.diagnostics if (found := diagnostic.externals(env))}
+        return {"base": identity(self.model, env), "suites": files} | ({"diagnostics": read} if read else {})
 
     def input_externals(self, env: Environment, inputs: dict[str, Artifact]) -> dict[str, Any]:
         found = self._champion(env, inputs[self.candidate])
@@ -195,12 +196,14 @@ class Evaluate(Stage):
     def _diagnose(self, ctx: StageContext, table: Any, compared: list[dict[str, Any]], adapters: dict[str, Artifact]) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
+        from ftpipe.data.rows import RowSet
         from ftpipe.evaluate.diagnostics.base import Evidence
 
+        rows = RowSet(ctx.inputs[self.rows])
         numbers: dict[str, Any] = {}
         for diagnostic in self.diagnostics:
             name = diagnostic.name()
-            evidence = Evidence(table, compared, self.model, adapters, ctx.env, ctx.log, lambda done, total, n=name: ctx.progress(done, total, n))
+            evidence = Evidence(table, compared, self.model, adapters, ctx.env, ctx.log, lambda done, total, n=name: ctx.progress(done, total, n), rows)
             finding = diagnostic.diagnose(evidence)
             numbers[name] = finding.numbers
             folder = ctx.out / "diagnostics"

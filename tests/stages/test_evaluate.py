@@ -249,3 +249,16 @@ def test_generated_answers_are_scored_and_their_speed_is_a_note(world: World, wo
     assert set(speed) == {"base", "adapter"} and all(0 < s["tokens"] <= 12 and s["tokens_per_second"] > 0 for s in speed.values())
     again = evaluated(world, workspace, "good", evaluate={"suites": [suite], "examples": 0, "resamples": 401})
     assert again.manifest["notes"]["asked"] == 0 and "generation" not in again.manifest["notes"]
+
+
+def test_diagnostics_look_at_real_adapters(world: World, workspace: Path):
+    chosen = [{"forgetting_law": {"text": {"limit": 4}}}, "learns_less"]
+    artifact = evaluated(world, workspace, "zero", controls={"good": "good", "lost": "forgets"}, evaluate={"diagnostics": chosen, "examples": 0})
+    numbers = artifact.json("evaluation.json")["diagnostics"]
+    law = numbers["forgetting_law"]
+    assert abs(law["adapter: excess over the base"]) < 1e-6 < law["good: excess over the base"] < law["lost: excess over the base"]
+    table = {r["system"]: r for r in pq.read_table(artifact.file("diagnostics/learns_less.parquet")).to_pylist()}
+    assert table["adapter"]["k90_change"] is None and table["adapter"]["learning"] == 0, "nothing was changed"
+    assert table["lost"]["forgetting"] > table["good"]["forgetting"] and table["good"]["numerical_rank"] <= table["good"]["rank"] == 4
+    assert table["good"]["k90_change"] <= 4 < table["good"]["k90_noise"]
+    assert all(artifact.file(f"diagnostics/{n}.svg").read_text().lstrip().startswith("<?xml") for n in ("forgetting_law", "learns_less"))

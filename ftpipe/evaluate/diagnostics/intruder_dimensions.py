@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from ftpipe.evaluate.diagnostics._shared import svg, table
+from ftpipe.evaluate.diagnostics._shared import changed_matrices, svg, table
 from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
 
 if TYPE_CHECKING:
@@ -35,28 +35,12 @@ class IntruderDimensions(Diagnostic):
     eps: float = Field(default=0.5, gt=0, le=1, description="A direction whose best match in the base has a smaller |cosine| is an intruder.")
 
     def diagnose(self, evidence: Evidence) -> Finding:
-        from ftpipe import slots
-        from ftpipe.models.adapters import read_manifest
-        from ftpipe.models.loading import load_adapted, load_model, quantized_base
-
-        def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-            return {n: p.detach() for n, p in model.named_parameters() if p.dim() == 2}
-
-        whole = matrices(load_model(evidence.model, evidence.env, dtype="float32", device="cpu"))
         rows: list[tuple] = []
         numbers: dict[str, float] = {}
-        for done, (system, artifact) in enumerate(evidence.adapters.items()):
-            folder = artifact.file("adapter")
-            told = read_manifest(folder)
-            method = slots.parse("train/adapt", told["method"])
-            small = quantized_base(evidence.model, evidence.env, told)  # the adapter's own change is what is looked at, not the rounding of its base
-            base = whole if small is None else matrices(small)
-            merged = method.merge(load_adapted(evidence.model, evidence.env, folder, dtype="float32", device="cpu", allow_zero=True,  # type: ignore[attr-defined]
-                                               dequantized=True))
-            changed = {n: p.detach() for n, p in merged.named_parameters() if n in base and p.shape == base[n].shape and bool((p != base[n]).any())}
+        for done, (system, changed) in enumerate(changed_matrices(evidence)):
             mine = []
-            for i, (name, tuned) in enumerate(sorted(changed.items())):
-                values, matches = best_matches(base[name], tuned, self.top)
+            for i, (name, (base, tuned)) in enumerate(changed.items()):
+                values, matches = best_matches(base, tuned, self.top)
                 mine += [(system, name, j, s, m) for j, (s, m) in enumerate(zip(values, matches))]
                 evidence.progress(done + (i + 1) / len(changed), len(evidence.adapters))
             with_any = {r[1] for r in mine if r[4] < self.eps}
