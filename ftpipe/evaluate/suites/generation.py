@@ -28,9 +28,10 @@ class Generation(Suite):
     """Share of answers that a checker accepts: 0 or 1 for an item, or the share of its samples where several are drawn.
 
     An item is a question with its last answer as reference: of a held-out row, or of a row of `source`, in any format that `ingest` reads (GSM8K's
-    question and answer with the checker `final_number`, tool calls with `json`). Decoding is greedy unless `temperature` says otherwise. The metric
-    carries the checker's name. Answers are kept by model, question and settings of generation, so that another checker asks no model again. A question
-    that leaves no room for `max_new_tokens` in the model's context has no score.
+    question and answer with the checker `final_number`, tool calls with `json`). For a checker without a reference (`refusal`) a row of the source may also
+    be a bare question, {"text": ...}. Decoding is greedy unless `temperature` says otherwise. The metric carries the checker's name. The stage keeps answers
+    by model, question and settings of generation, so that another checker asks no model again. A question that leaves no room for `max_new_tokens` in
+    the model's context has no score.
 
     A checker that asks a model asks `judge_model`, loaded beside the system and the same for all of them.
     """
@@ -86,8 +87,8 @@ class Generation(Suite):
         found = []
         for name, group, row in rows_of_source(self.source, self.fields, self.group_by, given) if self.source else heldout_rows(given):
             said = exchange(row)
-            if said is None and not type(self.checker).needs_reference and row["messages"]:
-                said = row["messages"], ""
+            if said is None and not type(self.checker).needs_reference and row.get("text"):
+                said = [{"role": "user", "content": row["text"]}], ""
             if said is not None:
                 found.append((name, group, *said))
             if len(found) == self.limit:
