@@ -38,6 +38,17 @@ def test_tool_calls_of_held_out_rows_are_compared_as_json(tmp_path):
     assert sorted(len(c) for _, c, _ in system.script.asked) == [1, 4], "the whole conversation before the last answer is asked"
 
 
+def test_a_tool_call_in_the_middle_is_what_is_asked_for(tmp_path):
+    call = '{"name": "search", "arguments": {"for": "rice"}}'
+    talk = [{"from": "human", "value": "Find rice."}, {"from": "function_call", "value": call}, {"from": "observation", "value": "[]"},
+            {"from": "gpt", "value": "There is none."}]
+    rows = [{"conversations": talk}, {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+    asked = given(tmp_path)
+    suite = Generation(source={"jsonl": {"path": jsonl(tmp_path / "calls.jsonl", rows)}}, reference_like=r'^\{"name":', checker="json")
+    system = scripted(asked, lambda q, n: call)
+    assert scores(suite, system, asked) == {"calls.jsonl:1": 1.0} and [len(c) for _, c, _ in system.script.asked] == [1]
+
+
 def test_samples_are_graded_by_their_share_and_answers_are_cut(tmp_path):
     asked = given(tmp_path, [chat("a?", "yes")])
     suite = Generation(samples=4, temperature=1.0, stop=["\nQ:"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +18,7 @@ from ftpipe.evaluate.checkers.base import Ask, Case, Message
 from ftpipe.evaluate.checkers.exact import Exact
 from ftpipe.evaluate.suites.base import Given, Item, Score, Suite
 from ftpipe.models.loading import identity
-from ftpipe.slots import choose
+from ftpipe.slots import Pattern, choose
 from ftpipe.stages.base import Environment
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Generation(Suite):
     fields: dict[str, str] = Field(default={}, description="The source's own names for a format's fields: {prompt: q, completion: a}.")
     group_by: str = Field(default="", description="Field of the source's rows that names an item's slice.")
     limit: int = Field(default=0, ge=0, description="Use only so many items, the first; 0 uses all.")
+    reference_like: Pattern = Field(default="", description="Regular expression: the last answer of a row that it finds is asked for, such as a tool call; "
+                                    "rows without one are left out. By default the last answer.")
     checker: choose("evaluate/checkers") = Field(default=Exact(), description="What decides whether an answer is right.")  # type: ignore[valid-type]
     judge_model: str = Field(default="", description="Model that a checker such as `judge` asks.")
     prompt: str = Field(default="{question}", description="What is asked; {question} is the last turn before the answer.")
@@ -86,7 +89,7 @@ class Generation(Suite):
         """(name, slice, turns up to the question, reference) of the first `limit` rows that have them."""
         found = []
         for name, group, row in rows_of_source(self.source, self.fields, self.group_by, given) if self.source else heldout_rows(given):
-            said = exchange(row)
+            said = exchange(row if not self.reference_like else up_to(row, self.reference_like))
             if said is None and not type(self.checker).needs_reference and row.get("text"):
                 said = [{"role": "user", "content": row["text"]}], ""
             if said is not None:
@@ -115,6 +118,13 @@ class Generation(Suite):
             return [g.text for g in service.generate([service.renderer.prompt(c) for c in conversations], max_new_tokens=max_new_tokens, batch_size=1)]
 
         return ask
+
+
+def up_to(row: dict[str, Any], pattern: str) -> dict[str, Any]:
+    """A row's turns up to the last answer in which the pattern is found; no turns without one."""
+    turns = [*(row.get("messages") or []), *(row.get("chosen") or [])]
+    ends = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and re.search(pattern, turn["content"] or "", re.DOTALL)]
+    return {"messages": turns[: ends[-1] + 1] if ends else []}
 
 
 def reworded(turns: Sequence[Message], wording: str) -> list[Message]:
