@@ -28,7 +28,8 @@ class LearnsLess(Diagnostic):
 
     Of each changed matrix, k90 is the least number of singular values of W' - W whose squares make up 90 % of the sum. The table has the median over matrices,
     and two controls: k90 of W, and of random numbers of the same shape. A k90 like that of the random numbers is no sign of learning of high rank: rounding of
-    weights kept in bfloat16 looks just the same. `numerical_rank` is the largest number of singular values above 1e-5 of the largest.
+    weights kept in bfloat16 looks just the same. `numerical_rank` is the largest number, over matrices, of singular values above 1e-5 of
+    the first and above what the rounding of W' to float32 alone could make.
     """
 
     paper: ClassVar[str] = "LoRA Learns Less and Forgets Less"
@@ -80,7 +81,8 @@ class LearnsLess(Diagnostic):
             change.append(k90(values))
             base.append(k90(torch.linalg.svdvals(before.double())))
             noise.append(k90(torch.linalg.svdvals(torch.randn(before.shape, generator=generator, dtype=torch.float64))))
-            ranks.append(int((values > 1e-5 * values[0]).sum()))
+            rounding = torch.finfo(torch.float32).eps / 2 * after.double().norm()  # no singular value of the rounding of W' is larger
+            ranks.append(int((values > torch.maximum(1e-5 * values[0], rounding)).sum()))
         return {"k90_change": median(change), "k90_base": median(base), "k90_noise": median(noise), "numerical_rank": max(ranks)}
 
 
