@@ -98,6 +98,10 @@ class Renderer:
         """The tokens inference starts from: the conversation so far and the generation prompt."""
         return self._encode([_Piece(self._template(messages, generate=True), first=True)])[0].ids
 
+    def start(self, text: str) -> list[int]:
+        """The tokens that inference goes on from after plain text; BOS is put in front where the tokenizer does so itself."""
+        return [self.bos] * self.adds_bos + self._encode([_Piece(text, first=True)])[0].ids
+
     def continued(self, pairs: Sequence[tuple[str, str]]) -> list[Rendered]:
         """Plain texts, each with what continues it, tokenised apart: the continuation is trained. BOS is put in front where the tokenizer does so itself;
         nothing is appended."""

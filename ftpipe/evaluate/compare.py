@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftpipe.errors import DataError
-from ftpipe.evaluate.statistics import compare
+from ftpipe.evaluate.statistics import compare, holm
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,7 +48,8 @@ def comparisons(table: pa.Table, systems: Sequence[str], *, confidence: float, r
     """Each suite and metric: the candidate against the base, the controls and the champion, then the controls against the base.
 
     Only items that both systems have a score for are compared. An unbounded side of an interval is null. Beside the documented fields each
-    comparison has `mde` (smallest difference that would be found with 80 % power, null if none would) and `p_value` (McNemar, for 0/1 scores).
+    comparison has `mde` (smallest difference that would be found with 80 % power, null if none would), `p_value` (McNemar, for 0/1 scores), `p` (see
+    `statistics.Comparison`) and `p_holm`: `p` corrected by Holm's procedure for all suites and metrics that the same pair is compared on.
     """
     scores: dict[tuple[str, str], dict[str, dict[str, tuple]]] = {}
     for r in table.to_pylist():
@@ -67,7 +68,12 @@ def comparisons(table: pa.Table, systems: Sequence[str], *, confidence: float, r
                              groups=[left[i][2] for i in ids] if by_slice else None, confidence=confidence, resamples=resamples, seed=seed, method=method)
             found.append({"suite": suite, "metric": metric, "a": a, "b": b, "n": result.n, "mean_a": result.mean_a, "mean_b": result.mean_b,
                           "difference": result.difference, "low": _finite(result.low), "high": _finite(result.high), "confidence": confidence,
-                          "higher_is_better": result.higher_is_better, "better": result.better, "mde": _finite(result.mde), "p_value": result.p_value})
+                          "higher_is_better": result.higher_is_better, "better": result.better, "mde": _finite(result.mde), "p_value": result.p_value,
+                          "p": result.p, "p_holm": None})
+    for pair in pairs:
+        family = [c for c in found if (c["a"], c["b"]) == pair and c["p"] is not None]
+        for c, p in zip(family, holm([c["p"] for c in family])):
+            c["p_holm"] = p
     return found
 
 

@@ -23,11 +23,12 @@ def check_names(rule: Rule, suites: Sequence[str], controls: Sequence[str]) -> N
         raise ConfigError(f"rule {name!r} is against {rule.against!r}, which the evaluation does not have", remedy=nearest(rule.against, known))
 
 
-def judge(rules: Sequence[Rule], comparisons: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+def judge(rules: Sequence[Rule], comparisons: Sequence[dict[str, Any]], about: dict[str, Any], correction: str = "none") -> dict[str, Any]:
     """`passed` and `rules` of `verdict.json`.
 
     Args:
         comparisons: as in `comparisons.json`. about: `evaluation.json` (which suites, systems and champion there were).
+        correction: `none`, or `holm`: a rule that asks for `better` must hold after Holm's correction for the pair's suites and metrics too.
     Raises ConfigError for a suite, metric or system that is not there.
     """
     suites = list(dict.fromkeys([*about["suites"], *(c["suite"] for c in comparisons)]))
@@ -37,12 +38,12 @@ def judge(rules: Sequence[Rule], comparisons: Sequence[dict[str, Any]], about: d
         check_names(rule, suites, controls)
         metric = _metric(rule, comparisons)
         for other in controls if rule.against == CONTROLS else [rule.against]:
-            found.append(_apply(rule, metric, other, comparisons, named=rule.against != CONTROLS or len(controls) == 1))
+            found.append(_apply(rule, metric, other, comparisons, correction, named=rule.against != CONTROLS or len(controls) == 1))
     main = next((r for r in rules if r.against == BASE and r.require == "better"), rules[0])
     for control in controls:
         if not any(r["against"] == control for r in found):
             extra = main.model_copy(update={"name": f"against {control}", "against": control, "required": False, "margin": 0.0, "require": "better"})
-            found.append(_apply(extra, _metric(extra, comparisons), control, comparisons))
+            found.append(_apply(extra, _metric(extra, comparisons), control, comparisons, correction))
     tested = [r for r in found if r["required"] and r["passed"] is not None]
     return {"passed": bool(tested) and all(r["passed"] for r in tested), "rules": found}
 
@@ -58,7 +59,8 @@ def _metric(rule: Rule, comparisons: Sequence[dict[str, Any]]) -> str:
     return metrics[0]
 
 
-def _apply(rule: Rule, metric: str, other: str, comparisons: Sequence[dict[str, Any]], *, named: bool = True) -> dict[str, Any]:
+def _apply(rule: Rule, metric: str, other: str, comparisons: Sequence[dict[str, Any]], correction: str, *,
+           named: bool = True) -> dict[str, Any]:
     name = (rule.name if named else "") or f"{rule.suite}: {rule.require.replace('_', ' ')} than {other}"
     entry = {"name": name, "suite": rule.suite, "metric": metric, "against": other, "require": rule.require, "margin": rule.margin, "required": rule.required}
     c = next((c for c in comparisons if (c["suite"], c["metric"], c["a"], c["b"]) == (rule.suite, metric, CANDIDATE, other)), None)
@@ -70,15 +72,20 @@ def _apply(rule: Rule, metric: str, other: str, comparisons: Sequence[dict[str, 
     limit = rule.margin if rule.require == "better" else -rule.margin
     low = c["low"]
     passed = low is not None and (low > limit if rule.require == "better" else low >= limit)
-    return entry | {"passed": passed, "skipped": False, "text": _sentence(rule, c, other, limit, passed), "value": c["difference"], "low": low,
+    corrected = ""
+    if correction == "holm" and rule.require == "better":
+        p = c.get("p_holm")
+        passed = passed and p is not None and p < 1 - c["confidence"]
+        corrected = f"; p after Holm's correction {'unknown' if p is None else f'{p:.4g}'}, asked was below {1 - c['confidence']:.4g}"
+    return entry | {"passed": passed, "skipped": False, "text": _sentence(rule, c, other, limit, passed, corrected), "value": c["difference"], "low": low,
                     "high": c["high"], "limit": limit}
 
 
-def _sentence(rule: Rule, c: dict[str, Any], other: str, limit: float, passed: bool) -> str:
+def _sentence(rule: Rule, c: dict[str, Any], other: str, limit: float, passed: bool, corrected: str) -> str:
     span = f"{c['low']:+.4f} to {c['high']:+.4f}" if c["low"] is not None and c["high"] is not None else "unbounded"
     asked = f"above {limit:+.4f}" if rule.require == "better" else f"not below {limit:+.4f}"
     change = "better" if c["difference"] >= 0 else "worse"
     weak = c.get("mde") is not None and rule.require == "better" and not passed and 0 < c["difference"] < c["mde"]
     hint = f" (with these items a true gain of {c['mde']:.4f} would be found four times in five)" if weak else ""
     return (f"{rule.suite} {c['metric']} is {c['mean_a']:.4f}, {other} has {c['mean_b']:.4f}: {change} by {abs(c['difference']):.4f} "
-            f"({c['confidence']:.0%} interval {span} on {c['n']} items); asked was an interval {asked}: {'met' if passed else 'not met'}{hint}")
+            f"({c['confidence']:.0%} interval {span} on {c['n']} items); asked was an interval {asked}{corrected}: {'met' if passed else 'not met'}{hint}")

@@ -23,7 +23,8 @@ class Comparison:
 
     mean_a and mean_b are weighted means in the metric's own unit. difference, low and high are `a - b`, turned so that more is better for a.
     mde: the smallest true difference that a test at this confidence would find with 80 % power, given how the items scatter.
-    p_value: McNemar's exact test where both systems' scores are all 0 or 1, otherwise None.
+    p_value: McNemar's exact test where both systems' scores are all 0 or 1, otherwise None. p: of no difference at all, two-sided: McNemar's where there is
+    one and items are resampled one by one, otherwise `no_difference`; what many comparisons are corrected by.
     """
 
     n: int
@@ -36,6 +37,7 @@ class Comparison:
     higher_is_better: bool
     mde: float
     p_value: float | None = None
+    p: float | None = None
 
     @property
     def better(self) -> bool:
@@ -71,9 +73,10 @@ def compare(a: Sequence[float], b: Sequence[float], weights: Sequence[float] | N
     d = (a - b) if higher_is_better else (b - a)
     low, high = interval(d, w, groups=groups, confidence=confidence, resamples=resamples, seed=seed, method=method)
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
+    exact = mcnemar(a, b) if binary else None
     return Comparison(n=int(a.size), mean_a=weighted_mean(a, w), mean_b=weighted_mean(b, w), difference=weighted_mean(d, w), low=low, high=high,
                       confidence=confidence, higher_is_better=higher_is_better, mde=minimum_detectable(d, w, groups=groups, confidence=confidence),
-                      p_value=mcnemar(a, b) if binary else None)
+                      p_value=exact, p=exact if binary and groups is None and (w == w[0]).all() else no_difference(d, w, groups=groups))
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,34 @@ def minimum_detectable(d: Sequence[float], weights: Sequence[float], *, groups: 
     residual = wd - w * (wd.sum() / w.sum())
     error = np.sqrt((residual**2).sum() * wd.size / (wd.size - 1)) / w.sum()
     return float((norm.ppf((1 + confidence) / 2) + norm.ppf(power)) * error)
+
+
+def no_difference(d: Sequence[float], weights: Sequence[float], *, groups: Sequence[str] | None = None) -> float | None:
+    """Two-sided p-value of Student's t for a true difference of zero, with the linearised standard error of `minimum_detectable`.
+
+    Degrees of freedom: resampled units less one. 1 where every difference is zero, 0 where all are the same other one; None for a single unit.
+    """
+    import numpy as np
+    from scipy.stats import t
+
+    wd, w = _sums(d, weights, groups)
+    if (np.asarray(d, np.float64)[np.asarray(weights, np.float64) > 0] == 0).all():
+        return 1.0
+    if wd.size < 2:
+        return None
+    difference = wd.sum() / w.sum()
+    error = np.sqrt(((wd - w * difference) ** 2).sum() * wd.size / (wd.size - 1)) / w.sum()
+    return float(2 * t.sf(abs(difference) / error, wd.size - 1)) if error > 0 else float(difference == 0)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down procedure (Holm 1979): where those below alpha are called findings, the chance of one
+    false finding or more is alpha at most, however the tests depend on each other. In the order given; none is smaller than it was."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    adjusted, most = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        most = adjusted[i] = max(most, min(1.0, (len(p) - rank) * p[i]))
+    return adjusted
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:

@@ -7,13 +7,16 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.canonical import digest, file_digest
 from ftpipe.evaluate.suites.base import Item, Score, Suite
+from ftpipe.models.answers import Answer, Asked, Conversation
 from ftpipe.models.kept import Kept
+from ftpipe.slots import Method
 
 if TYPE_CHECKING:
     from ftpipe.models.service import ModelService
@@ -29,17 +32,29 @@ class System:
     """One model that is compared with others: the base model, with or without an adapter.
 
     identity: JSON that tells it from every other system, whatever it is called here. open_: loads it. It is loaded when it is first asked
-    something, and at most once; `close` lets go of it.
+    something, and at most once; `close` lets go of it. cache: folder that its generated answers are kept in; None keeps none. tokens, seconds: what
+    it has generated so far, and the time that took.
     """
 
     name: str
     identity: dict[str, Any]
     open_: Callable[[], ModelService]
+    cache: Path | None = None
+    tokens: int = 0
+    seconds: float = 0.0
 
     @cached_property
     def service(self) -> ModelService:
         """The loaded model, ready to score and generate."""
         return self.open_()
+
+    def answers(self, conversations: Sequence[Conversation], **settings: Any) -> Iterator[tuple[int, list[Answer]]]:
+        """(index, answers) of each conversation as they become known, those first that were kept. Settings as of `models.answers.Asked.each`."""
+        asked = Asked(lambda: self.service, lambda: self.identity | shared_material(), self.cache)
+        try:
+            yield from asked.each(conversations, **settings)
+        finally:
+            self.tokens, self.seconds = self.tokens + asked.tokens, self.seconds + asked.seconds
 
     def close(self) -> None:
         """Let go of the model's memory."""
@@ -51,7 +66,9 @@ class System:
 def suite_material(suite: Suite) -> dict[str, Any]:
     """What decides a suite's scores beside the item and the system: settings, code and libraries. The label and the choice of items do not."""
     settings = {k: v for k, v in suite.model_dump(mode="json").items() if k not in ("label", "limit")}
-    sources = [inspect.getsourcefile(c) for c in type(suite).__mro__ if issubclass(c, Suite) and c is not Suite]
+    inner = [value for _, value in suite if isinstance(value, Method)]  # a checker decides too
+    sources = [inspect.getsourcefile(c) for m in (suite, *inner) for c in type(m).__mro__ if issubclass(c, Method) and c not in (Method, Suite)]
+    sources += [inspect.getsourcefile(import_module(name)) for m in (suite, *inner) for name in type(m).support]
     own = {"suite": suite.name(), "settings": settings, "version": suite.version, "code": [file_digest(Path(s)) for s in sources if s]}
     return own | shared_material(suite.libraries)
 

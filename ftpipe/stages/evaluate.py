@@ -75,7 +75,8 @@ class Evaluate(Stage):
         from ftpipe.models.loading import identity
 
         files = {label: found for suite in self.suites if (found := suite.externals(env)) for label in suite.labels()[:1]}
-        return {"base": identity(self.model, env), "suites": files}
+        read = {diagnostic.name(): found for diagnostic in self.diagnostics if (found := diagnostic.externals(env))}
+        return {"base": identity(self.model, env), "suites": files} | ({"diagnostics": read} if read else {})
 
     def input_externals(self, env: Environment, inputs: dict[str, Artifact]) -> dict[str, Any]:
         found = self._champion(env, inputs[self.candidate])
@@ -142,7 +143,7 @@ class Evaluate(Stage):
 
         def system(name: str, content: str | None, folder: Path | None) -> System:
             return System(name, same | {"adapter": content},
-                          lambda: ModelService.open(self.model, ctx.env, adapter=folder, dtype=self.dtype))
+                          lambda: ModelService.open(self.model, ctx.env, adapter=folder, dtype=self.dtype), ctx.env.cache / "generations")
 
         made = [system("base", None, None)]
         for name, ref in {"adapter": self.candidate, **self.controls}.items():
@@ -175,6 +176,7 @@ class Evaluate(Stage):
             done, fresh = done + 1, fresh + now
             ctx.progress(done, total, "items")
 
+        speed: dict[str, Any] = {}
         for system in systems:
             try:
                 for suite, items in asked:
@@ -183,6 +185,10 @@ class Evaluate(Stage):
                     answered += answer(system, questions, ctx.env.cache, self.max_new_tokens, on_item)
             finally:
                 system.close()
+            if system.seconds:
+                speed[system.name] = {"tokens": system.tokens, "tokens_per_second": round(system.tokens / system.seconds, 2)}
+        if speed:
+            ctx.notes["generation"] = speed
         ctx.notes |= {"asked": fresh, "cached": total - fresh}
         ctx.log.info("%d answers and scores, %d of them known from before", total, total - fresh)
         return found, answered
@@ -190,12 +196,14 @@ class Evaluate(Stage):
     def _diagnose(self, ctx: StageContext, table: Any, compared: list[dict[str, Any]], adapters: dict[str, Artifact]) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
+        from ftpipe.data.rows import RowSet
         from ftpipe.evaluate.diagnostics.base import Evidence
 
+        rows = RowSet(ctx.inputs[self.rows])
         numbers: dict[str, Any] = {}
         for diagnostic in self.diagnostics:
             name = diagnostic.name()
-            evidence = Evidence(table, compared, self.model, adapters, ctx.env, ctx.log, lambda done, total, n=name: ctx.progress(done, total, n))
+            evidence = Evidence(table, compared, self.model, adapters, ctx.env, ctx.log, lambda done, total, n=name: ctx.progress(done, total, n), rows)
             finding = diagnostic.diagnose(evidence)
             numbers[name] = finding.numbers
             folder = ctx.out / "diagnostics"

@@ -41,14 +41,17 @@ class Gate(Stage):
     """Holds the candidate's comparisons against rules and writes a verdict. It never fails on a refusal: it records why.
 
     All required rules must hold. That is a test of an intersection: its error rate is that of a single rule at most, so nothing needs to be
-    corrected for the number of rules. A rule about the champion is skipped, and says so, while there is no champion; if nothing that is
-    required could be tested, the candidate is refused. Controls that no rule names are reported too.
+    corrected for the number of rules. Where each of several gains is to be claimed by itself, or the suite was picked because it looked best, set
+    `correction: holm`: a gain must then also stand Holm's correction for all suites and metrics of the evaluation. A rule about the champion is
+    skipped, and says so, while there is no champion; if nothing that is required could be tested, the candidate is refused. Controls that no rule
+    names are reported too.
     """
 
     produces: ClassVar[str] = "verdict"
 
     evaluation: Ref = Field(description="The evaluation to judge.")
     rules: list[Rule] = Field(default=list(DEFAULT_RULES), min_length=1, description="The conditions.")
+    correction: Literal["none", "holm"] = Field(default="none", description="Correction of each `better` rule for the number of suites and metrics compared.")
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         from ftpipe.evaluate.rules import check_names
@@ -69,7 +72,7 @@ class Gate(Stage):
 
         evaluation = ctx.inputs[self.evaluation]
         about = evaluation.json("evaluation.json")
-        verdict: dict[str, Any] = judge(self.rules, evaluation.json("comparisons.json"), about) | {
+        verdict: dict[str, Any] = judge(self.rules, evaluation.json("comparisons.json"), about, self.correction) | {
             "candidate": about["candidate"]["stage"], "content": about["candidate"]["content"], "evaluation": evaluation.content}
         (ctx.out / "verdict.json").write_text(json.dumps(verdict, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False), encoding="utf-8")
         ctx.meta["passed"] = verdict["passed"]

@@ -16,6 +16,7 @@ from ftpipe.tune.base import Trial
 MINE = ("evaluate/suites", "evaluate/diagnostics", "evaluate/checkers", "merge", "edit", "compress", "tune")
 METHODS = [(slot, name) for slot in MINE for name in slots.slots()[slot].names()]
 REQUIRED = {("evaluate/suites", "lm_eval"): {"tasks": ["x"]}, ("evaluate/checkers", "regex"): {"pattern": "answer is (.*)"},
+            ("evaluate/suites", "code"): {"source": {"jsonl": {"path": "tasks.jsonl"}}, "run_model_code": True},
             ("tune", "grid"): {"values": {"stages.a.x": [1, 2], "stages.a.y": [3, 4]}},
             ("merge", "greedy_soup"): {"rows": "curated"}, ("merge", "regmean"): {"rows": {"one": "a", "two": "b"}}}
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ftpipe.evaluate.statistics import compare, compare_arms, interval, mcnemar, minimum_detectable
+from ftpipe.evaluate.statistics import compare, compare_arms, holm, interval, mcnemar, minimum_detectable, no_difference
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])
@@ -161,3 +161,48 @@ def test_arms_are_compared_seed_by_seed_and_item_by_item():
 def test_arms_that_cannot_be_compared_are_refused(a, b, said):
     with pytest.raises(ValueError, match=said):
         compare_arms(a, b, higher_is_better=True)
+
+
+def test_holm_is_the_step_down_procedure_and_keeps_the_chance_of_any_false_finding():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]) and holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(4000, 1))  # tests that depend on each other
+    from scipy.stats import norm
+
+    p = 2 * norm.sf(abs(0.7 * shared + (1 - 0.49) ** 0.5 * rng.normal(size=(4000, 8))))
+    false = [min(holm(list(row))) < 0.05 for row in p]
+    assert np.mean(false) <= 0.055 < np.mean(p.min(1) < 0.05)
+
+
+def test_the_p_value_of_no_difference_is_the_paired_t_test_and_turns_with_the_interval():
+    from scipy.stats import ttest_rel
+
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0.2, 1, 30), rng.normal(0, 1, 30)
+    assert no_difference(a - b, np.ones(30)) == pytest.approx(ttest_rel(a, b).pvalue)
+    assert compare(a, b, higher_is_better=True, resamples=100).p == no_difference(a - b, np.ones(30))
+    assert no_difference([0.0, 0.0], [1, 1]) == 1.0 and no_difference([0.1], [1]) is None and no_difference([0.5, 0.5], [1, 1]) == 0.0
+    one, two = [1, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0]
+    assert compare(one, two, higher_is_better=True, resamples=100).p == mcnemar(one, two)
+
+
+def test_comparisons_are_corrected_over_the_suites_of_a_pair():
+    from ftpipe.evaluate.compare import comparisons, items_table
+    from ftpipe.evaluate.rules import judge
+    from ftpipe.evaluate.suites.base import Item, Score
+    from ftpipe.stages.gate import Rule
+
+    rng = np.random.default_rng(5)
+    found = []
+    for suite in range(6):
+        noise = rng.normal(0, 1, 25)
+        noise = (noise - noise.mean()) / noise.std(ddof=1) + (0.45 if suite == 0 else 0.05)  # t of 2.25 in one suite, and nothing in five
+        found += [(s, Item(str(i), "c", "g", f"s{suite}", None), Score("acc", float(v))) for s, each in (("base", 0 * noise), ("adapter", noise))
+                  for i, v in enumerate(each)]
+    compared = comparisons(items_table(found), ["base", "adapter"], confidence=0.95, resamples=400, seed=0, method="percentile")
+    first = next(c for c in compared if c["suite"] == "s0")
+    assert first["p"] < 0.05 < first["p_holm"] == pytest.approx(6 * first["p"]) and first["better"]
+    about = {"suites": {}, "systems": {"base": {}, "adapter": {}}}
+    plain, corrected = (judge([Rule(suite="s0")], compared, about, correction) for correction in ("none", "holm"))
+    assert plain["passed"] and not corrected["passed"] and "Holm's correction" in corrected["rules"][0]["text"]
+    assert judge([Rule(suite="s1", require="not_worse", margin=2.0)], compared, about, "holm")["passed"], "non-inferiority is not corrected"

@@ -230,3 +230,35 @@ def test_own_general_text_and_a_bad_line_in_it(world: World, workspace: Path, tm
     pipeline = alone(world, workspace, "good", evaluate={"suites": [{"general_text": {"path": str(path), "label": "own"}}], "examples": 0})
     planned = {p.name: p for p in plan(pipeline, Store(workspace))}["evaluate"]
     assert planned.run and "suites.own.text changed" in planned.reason
+
+
+def test_generated_answers_are_scored_and_their_speed_is_a_note(world: World, workspace: Path):
+    from ftpipe.models.service import ModelService
+
+    suite = {"generation": {"checker": {"regex": {"pattern": "^ +$", "compare": False}}, "max_new_tokens": 6, "limit": 2}}
+    pipeline = alone(world, workspace, "good", evaluate={"suites": [suite], "examples": 0})
+    artifact = run(pipeline).artifacts["evaluate"]
+    c, = artifact.json("comparisons.json")
+    asked = [r["messages"][:1] for r in world.rows if r["split"] == "heldout"][:2]
+    for mean, adapter in ((c["mean_a"], world.adapters["good"] / "adapter"), (c["mean_b"], None)):
+        service = ModelService.open(str(world.model), pipeline.env, adapter=adapter, dtype="float32")
+        texts = [g.text for g in service.generate([service.renderer.prompt(a) for a in asked], max_new_tokens=6, batch_size=1)]
+        assert mean == sum(bool(t) and not t.strip(" ") for t in texts) / 2
+    assert (c["suite"], c["metric"], c["n"]) == ("generation", "regex", 2)
+    speed = artifact.manifest["notes"]["generation"]
+    assert set(speed) == {"base", "adapter"} and all(0 < s["tokens"] <= 12 and s["tokens_per_second"] > 0 for s in speed.values())
+    again = evaluated(world, workspace, "good", evaluate={"suites": [suite], "examples": 0, "resamples": 401})
+    assert again.manifest["notes"]["asked"] == 0 and "generation" not in again.manifest["notes"]
+
+
+def test_diagnostics_look_at_real_adapters(world: World, workspace: Path):
+    chosen = [{"forgetting_law": {"text": {"limit": 4}}}, "learns_less"]
+    artifact = evaluated(world, workspace, "zero", controls={"good": "good", "lost": "forgets"}, evaluate={"diagnostics": chosen, "examples": 0})
+    numbers = artifact.json("evaluation.json")["diagnostics"]
+    law = numbers["forgetting_law"]
+    assert abs(law["adapter: excess over the base"]) < 1e-6 < law["good: excess over the base"] < law["lost: excess over the base"]
+    table = {r["system"]: r for r in pq.read_table(artifact.file("diagnostics/learns_less.parquet")).to_pylist()}
+    assert table["adapter"]["k90_change"] is None and table["adapter"]["learning"] == 0, "nothing was changed"
+    assert table["lost"]["forgetting"] > table["good"]["forgetting"] and table["good"]["numerical_rank"] <= table["good"]["rank"] == 4
+    assert table["good"]["k90_change"] <= 4 < table["good"]["k90_noise"]
+    assert all(artifact.file(f"diagnostics/{n}.svg").read_text().lstrip().startswith("<?xml") for n in ("forgetting_law", "learns_less"))

@@ -24,9 +24,15 @@ class Case:
 
 
 class Checker(Method):
-    """Says whether an answer is as good as a reference. A subclass writes `accepts`, or `check` if it has to ask a model."""
+    """Says whether an answer is as good as a reference. A subclass writes `accepts`, or `check` if it has to ask a model.
+
+    Class attributes:
+        asks: `check` needs a model to ask. needs_reference: False if the answer alone decides.
+    """
 
     slot: ClassVar[str] = "evaluate/checkers"
+    asks: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
 
     @abstractmethod
     def accepts(self, case: Case) -> bool:

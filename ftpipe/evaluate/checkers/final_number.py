@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -19,6 +20,8 @@ class FinalNumber(Checker):
     The final number is the first one after the last marker; commas and signs of money do not count. With `calculations` each of the answer's calculator
     annotations (`<<48/2=24>>`) has to be right too: what stands before the first equals sign evaluates to what stands after it, within `tolerance`.
     """
+
+    support: ClassVar[tuple[str, ...]] = ("ftpipe.evaluate.checkers._arithmetic",)
 
     marker: str = Field(default="####", description="What stands before the final number; empty: the last number of the text is final.")
     anywhere: bool = Field(default=False, description="Of an answer without the marker the last number counts; else it is not accepted.")

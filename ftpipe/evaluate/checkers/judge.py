@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field, field_validator
 
@@ -19,6 +20,8 @@ class Judge(Checker):
     The judge is the model that the caller asks (the step's base model). It answers greedily; `yes` finds whether it agreed. A lenient judge lets wrong
     answers in: look at a sample of what it accepted.
     """
+
+    asks: ClassVar[bool] = True
 
     prompt: str = Field(default="A question was answered twice. The first answer is known to be correct.\n\nQuestion:\n{question}\n\n"
                         "Correct answer:\n{reference}\n\nOther answer:\n{answer}\n\n"

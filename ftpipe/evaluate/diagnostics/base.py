@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftpipe.artifacts import Artifact
+    from ftpipe.data.rows import RowSet
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Evidence:
     """What a diagnostic may look at.
 
     items: the table of `items.parquet`. comparisons: the list of `comparisons.json`. model: the base model as the configuration names it.
-    adapters: artifact of each system that has one (`adapter` and the controls). progress: call it with (done, total).
+    adapters: artifact of each system that has one (`adapter` and the controls). progress: call it with (done, total). rows: the rows stage of the
+    evaluation, with its held-out split.
     """
 
     items: pa.Table
@@ -32,6 +34,7 @@ class Evidence:
     env: Environment
     log: logging.Logger
     progress: Callable[[float, float], None]
+    rows: RowSet | None = None
 
 
 @dataclass
@@ -47,6 +50,10 @@ class Diagnostic(Method):
     """Explains a result; it decides nothing."""
 
     slot: ClassVar[str] = "evaluate/diagnostics"
+
+    def externals(self, env: Environment) -> dict[str, Any]:
+        """Hashes of the files it reads beside the evidence. See `Stage.externals`."""
+        return {}
 
     @abstractmethod
     def diagnose(self, evidence: Evidence) -> Finding:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from ftpipe.evaluate.diagnostics._shared import changed_matrices, svg, table
 from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
 
 if TYPE_CHECKING:
@@ -34,39 +35,20 @@ class IntruderDimensions(Diagnostic):
     eps: float = Field(default=0.5, gt=0, le=1, description="A direction whose best match in the base has a smaller |cosine| is an intruder.")
 
     def diagnose(self, evidence: Evidence) -> Finding:
-        import pyarrow as pa
-
-        from ftpipe import slots
-        from ftpipe.models.adapters import read_manifest
-        from ftpipe.models.loading import load_adapted, load_model, quantized_base
-
-        def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-            return {n: p.detach() for n, p in model.named_parameters() if p.dim() == 2}
-
-        whole = matrices(load_model(evidence.model, evidence.env, dtype="float32", device="cpu"))
         rows: list[tuple] = []
         numbers: dict[str, float] = {}
-        for done, (system, artifact) in enumerate(evidence.adapters.items()):
-            folder = artifact.file("adapter")
-            told = read_manifest(folder)
-            method = slots.parse("train/adapt", told["method"])
-            small = quantized_base(evidence.model, evidence.env, told)  # the adapter's own change is what is looked at, not the rounding of its base
-            base = whole if small is None else matrices(small)
-            merged = method.merge(load_adapted(evidence.model, evidence.env, folder, dtype="float32", device="cpu", allow_zero=True,  # type: ignore[attr-defined]
-                                               dequantized=True))
-            changed = {n: p.detach() for n, p in merged.named_parameters() if n in base and p.shape == base[n].shape and bool((p != base[n]).any())}
+        for done, (system, changed) in enumerate(changed_matrices(evidence)):
             mine = []
-            for i, (name, tuned) in enumerate(sorted(changed.items())):
-                values, matches = best_matches(base[name], tuned, self.top)
+            for i, (name, (base, tuned)) in enumerate(changed.items()):
+                values, matches = best_matches(base, tuned, self.top)
                 mine += [(system, name, j, s, m) for j, (s, m) in enumerate(zip(values, matches))]
                 evidence.progress(done + (i + 1) / len(changed), len(evidence.adapters))
             with_any = {r[1] for r in mine if r[4] < self.eps}
             numbers[f"{system}: intruder dimensions"] = float(sum(r[4] < self.eps for r in mine))
             numbers[f"{system}: share of changed matrices with one"] = len(with_any) / len(changed) if changed else 0.0
             rows += mine
-        names = (("system", pa.string()), ("weight", pa.string()), ("direction", pa.int32()), ("singular_value", pa.float64()), ("match", pa.float64()))
-        table = pa.table({n: pa.array([r[i] for r in rows], t) for i, (n, t) in enumerate(names)})
-        return Finding(numbers, table, _plot(rows, list(evidence.adapters), self.eps, self.top) if rows else None)
+        columns = {"system": "string", "weight": "string", "direction": "int32", "singular_value": "double", "match": "double"}
+        return Finding(numbers, table(columns, rows), _plot(rows, list(evidence.adapters), self.eps, self.top) if rows else None)
 
 
 def best_matches(base: torch.Tensor, tuned: torch.Tensor, top: int) -> tuple[list[float], list[float]]:
@@ -80,19 +62,11 @@ def best_matches(base: torch.Tensor, tuned: torch.Tensor, top: int) -> tuple[lis
 
 
 def _plot(rows: list[tuple], systems: list[str], eps: float, top: int) -> str:
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "ftpipe", "svg.fonttype": "none"}):  # the same bytes every time
-        figure = Figure(figsize=(5, 3), layout="constrained")
-        axes = figure.subplots()
+    def draw(axes: Any) -> None:
         for system in systems:
             axes.plot(EPS_CURVE, [sum(r[4] < e for r in rows if r[0] == system) for e in EPS_CURVE], marker="o", label=system)
         axes.axvline(eps, color="0.6", linestyle=":")
         axes.set(xlabel="largest |cosine| with the base below", ylabel=f"directions among the first {top}")
         axes.legend(frameon=False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+
+    return svg(draw)

@@ -1,0 +1,55 @@
+"""Plots and tables of diagnostics: the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftpipe.evaluate.diagnostics.base import Evidence
+
+
+def svg(draw: Callable[[Any], None], *, width: float = 5, height: float = 3) -> str:
+    """The SVG text of one pair of axes that `draw` fills; sizes in inches."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "ftpipe", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def table(columns: dict[str, str], rows: list[tuple]) -> Any:
+    """An Arrow table of rows; `columns` gives each column's name and Arrow type."""
+    import pyarrow as pa
+
+    types = [pa.type_for_alias(t) for t in columns.values()]
+    return pa.table({name: pa.array([r[i] for r in rows], t) for i, (name, t) in enumerate(zip(columns, types))})
+
+
+def changed_matrices(evidence: Evidence) -> Iterator[tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
+    """Each system with the weight matrices that its adapter changed, by name in order: (before, after), float32 on the CPU."""
+    from ftpipe import slots
+    from ftpipe.models.adapters import read_manifest
+    from ftpipe.models.loading import load_adapted, load_model, quantized_base
+
+    def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in model.named_parameters() if p.dim() == 2}
+
+    whole = matrices(load_model(evidence.model, evidence.env, dtype="float32", device="cpu"))
+    for system, artifact in evidence.adapters.items():
+        folder = artifact.file("adapter")
+        told = read_manifest(folder)
+        method = slots.parse("train/adapt", told["method"])
+        small = quantized_base(evidence.model, evidence.env, told)  # the adapter's own change is what is looked at, not the rounding of its base
+        base = whole if small is None else matrices(small)
+        merged = method.merge(load_adapted(evidence.model, evidence.env, folder, dtype="float32", device="cpu", allow_zero=True,  # type: ignore[attr-defined]
+                                           dequantized=True))
+        yield system, {n: (base[n], p.detach()) for n, p in sorted(merged.named_parameters())
+                       if n in base and p.shape == base[n].shape and bool((p != base[n]).any())}
