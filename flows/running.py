@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flows.server import api, flush, ui
 from flows.session import Session, current
+from ftpipe.errors import ConfigError
+from ftpipe.secrets import written_out
 
 if TYPE_CHECKING:
     from ftpipe.pipeline.runner import Run
@@ -21,6 +23,8 @@ def run_flow(config_path: str | Path, *, only: str | None, start: str | None, to
     """See `flows.run`."""
     # The caller shows progress and errors; Prefect's own console lines would say everything twice.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if (place := written_out(overrides or {})) is not None:  # Prefect shows a run's parameters to everybody
+        raise ConfigError(f"{place[0]} holds a password", where="overrides", remedy="write ${NAME} and give the variable to the environment")
     session = Session(listener)
     with api(schedules=False) as url:
         print(f"Prefect shows this run at {ui(url)}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ftpipe import __version__
+from ftpipe import __version__, secrets
 from ftpipe.artifacts import LOG, Artifact
 from ftpipe.errors import ArtifactError, ConfigError, FtpipeError
 from ftpipe.pipeline.plan import Planned, plan_stage, remember
@@ -80,6 +80,7 @@ class Run:
         try:
             artifact, planned = self._execute(name)
         except BaseException as error:
+            secrets.clean(error)
             state = "cancelled" if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal" else "failed"
             self.record["stages"][name] = {"state": state, "error": str(error) or type(error).__name__, "seconds": round(time.monotonic() - began, 3)}
             self.close(state)
@@ -161,7 +162,7 @@ class Run:
             logging.getLogger("ftpipe").warning("%s: %s; the artifact was moved to %s and is made again", planned.name, planned.altered, where)
 
     def _save(self) -> None:
-        write_atomic(self.store.workspace / "runs" / f"{self.id}.json", json.dumps(self.record, indent=1))
+        write_atomic(self.store.workspace / "runs" / f"{self.id}.json", json.dumps(secrets.hidden(self.record), indent=1))
 
 
 def run(pipeline: Pipeline, *, selection: Selection | None = None, listener: Listener | None = None) -> Run:
@@ -202,7 +203,7 @@ def _stage_log(name: str, path: Path) -> tuple[logging.Logger, logging.Handler]:
     log = logging.getLogger(f"ftpipe.stage.{name}")
     log.setLevel(logging.INFO)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     return log, handler
 

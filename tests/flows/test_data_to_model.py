@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import uuid
@@ -107,6 +108,52 @@ def test_what_may_pass_is_tried_again_and_the_rest_is_not(flow, client, folder, 
 
     with pytest.raises(InfrastructureError, match="try 4 fails"):
         flow(str(write_pipeline(folder / "c", {"shaky": {"kind": "flaky", "times": 9}})))
+
+
+def test_an_error_of_the_system_is_tried_again_after_a_pause_and_the_stage_resumes(flow, client, folder, monkeypatch):
+    """Three tries fail, each in another way, each one step further; the fourth has only the last step left to do."""
+    from tasks import stage
+    from tests.stages_for_tests import PlantedTraining
+
+    failures = [OSError(errno.ENOSPC, "No space left on device"), ConnectionResetError("planted"), OSError(errno.EADDRINUSE, "Address already in use")]
+    steps: list[int] = []
+
+    def interrupted(self, ctx):
+        done = ctx.work / "step"
+        first = int(done.read_text()) + 1 if done.exists() else 1
+        for step in range(first, 5):
+            steps.append(step)
+            done.write_text(str(step))
+            if failures:
+                raise failures.pop(0)
+        (ctx.out / "train.json").write_text("{}")
+
+    monkeypatch.setattr(stage.execute, "retry_delay_seconds", [0.1, 0.1, 0.1])
+    monkeypatch.setattr(PlantedTraining, "run", interrupted)
+    assert flow(str(write_pipeline(folder, CHAIN)))["built"] == ["rows", "adapter", "page"]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), MemoryError(), FileNotFoundError(2, "No such file"), ValueError("bad")], ids=repr)
+def test_what_would_come_again_is_not_tried_again(error, flow, folder, monkeypatch):
+    from tests.stages_for_tests import PlantedTraining
+
+    tries: list[int] = []
+
+    def failing(self, ctx):
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(PlantedTraining, "run", failing)
+    with pytest.raises(type(error)):
+        flow(str(write_pipeline(folder, CHAIN)))
+    assert len(tries) == 1
+
+
+def test_pauses_between_tries_grow():
+    from tasks.stage import execute
+
+    assert execute.retry_delay_seconds == [5, 10, 20] and execute.retry_jitter_factor > 0
 
 
 def test_a_bad_configuration_fails_before_any_stage(flow, client, folder):
