@@ -29,6 +29,8 @@ class Settings(BaseModel):
     tracking: str | None = Field(default=None, description="MLflow tracking server; without it a SQLite file in the workspace. ${NAME} stands for an "
                                  "environment variable.")
     registry: str | None = Field(default=None, description="MLflow model registry; without it the tracking server. ${NAME} as in tracking.")
+    notify: list[str] = Field(default_factory=list, description="Prefect notification blocks that are told when a run fails or the gate refuses a candidate, "
+                              "such as slack-webhook/team.")
     stages: dict[str, Any] = Field(description="The stages by name.")
 
     @field_validator("name")
@@ -36,6 +38,14 @@ class Settings(BaseModel):
     def _slug(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError("use letters, digits, '-', '_' and '.', starting with a letter or digit")
+        return value
+
+    @field_validator("notify")
+    @classmethod
+    def _blocks(cls, value: list[str]) -> list[str]:
+        for target in value:
+            if not re.fullmatch(r"[a-z0-9-]+/[a-z0-9-]+", target):
+                raise ValueError(f"{target!r} names no Prefect block: write its type and its name, such as slack-webhook/team")
         return value
 
 

@@ -26,7 +26,8 @@ class OfflineModeIsEnabled(ConnectionError):
 
 
 PASS = [InfrastructureError("x"), TimeoutError(), ConnectionResetError(), ConnectionRefusedError(), BrokenPipeError(), requests.ConnectionError("x"),
-        requests.ReadTimeout("x"), httpx.ConnectError("x"), httpx.ReadTimeout("x"), answered(503), answered(429), sqlite3.OperationalError("database is locked"),
+        requests.ReadTimeout("x"), httpx.ConnectError("x"), httpx.ReadTimeout("x"), answered(503), answered(429),
+        sqlite3.OperationalError("database is locked"),
         *(OSError(number, "x") for number in (errno.ENOSPC, errno.EIO, errno.EADDRINUSE, errno.ENETUNREACH, errno.ESTALE))]
 STAY = [ConfigError("x"), DataError("x"), TrainingError("nan"), ArtifactError("x"), ValueError("x"), MemoryError(), OutOfMemoryError("CUDA out of memory"),
         FloatingPointError(), FileNotFoundError(errno.ENOENT, "x"), PermissionError(errno.EACCES, "x"), IsADirectoryError(errno.EISDIR, "x"), answered(404),

@@ -115,7 +115,7 @@ def test_what_is_hidden_and_what_is_not(monkeypatch):
     monkeypatch.setenv("SSH_KEY", "/home/me/.ssh/id")
     monkeypatch.setenv("SHORT_KEY", "abc")
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:longpassword")
-    assert secrets.hide(f"{TOKEN} at http://a:b@c and http://c:80/d, see /home/me/.ssh/id, abc") == "*** at http://a:***@c and http://c:80/d, see /home/me/.ssh/id, abc"
+    assert secrets.hide(f"{TOKEN} at http://a:b@c, http://c:80/d, /home/me/.ssh/id, abc") == "*** at http://a:***@c, http://c:80/d, /home/me/.ssh/id, abc"
     assert secrets.hide("login admin:longpassword") == "login ***"
     assert secrets.hidden({"a": [f"x{TOKEN}", 1, None], "b": {"c": TOKEN}}) == {"a": ["x***", 1, None], "b": {"c": "***"}}
     error = InfrastructureError(f"no answer from http://me:{TOKEN}@host", where="http://me:pw@host", remedy=f"try {TOKEN}")
