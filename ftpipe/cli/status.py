@@ -52,6 +52,6 @@ def status(
             states = [s["state"] for s in r["stages"].values()]
             failed = next((f"{n}: {s['error']}" for n, s in r["stages"].items() if s["state"] in ("failed", "cancelled")), "")
             space = sum(disk[r["id"]].values())
-            table.add_row(r["id"], r["pipeline"], r["state"], r["started"], str(states.count("built")), str(states.count("reused")), size(space) if space else "",
-                          failed)
+            table.add_row(r["id"], r["pipeline"], r["state"], r["started"], str(states.count("built")), str(states.count("reused")),
+                          size(space) if space else "", failed)
     console.print(table)
