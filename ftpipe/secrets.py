@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -44,8 +45,11 @@ def clean(error: BaseException) -> None:
             continue
         seen.add(id(found))
         found.args = tuple(hide(a) if isinstance(a, str) else a for a in found.args)
-        if isinstance(getattr(found, "message", None), str):
-            found.message = hide(found.message)  # type: ignore[attr-defined]
+        for name in ("message", "strerror", "filename"):
+            text = getattr(found, name, None)
+            if isinstance(text, str) and hide(text) != text:
+                with suppress(AttributeError, TypeError):  # one that cannot be set is better shown than another error in its place
+                    setattr(found, name, hide(text))
         queue += [found.__cause__, found.__context__, *(a for a in found.args if isinstance(a, BaseException))]
 
 

@@ -122,6 +122,12 @@ def test_what_is_hidden_and_what_is_not(monkeypatch):
     assert str(error) == "http://me:***@host: no answer from http://me:***@host\n  -> try ***" and TOKEN not in repr(error)
 
 
+def test_errors_of_the_system_are_cleaned_too():
+    error = OSError(5, "no answer from http://me:secretpw@host", "http://me:secretpw@host/x")
+    secrets.clean(error)
+    assert str(error) == "[Errno 5] no answer from http://me:***@host: 'http://me:***@host/x'"
+
+
 def test_settings_without_passwords_are_left_alone():
     fine = {"a": "http://host:5000/x", "b": ["see mailto:me@host", "git+ssh://git@host/x"], "c": {"d": "postgresql://me:${PW}@db", "e": 1}}
     assert secrets.written_out(fine) is None
