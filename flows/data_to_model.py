@@ -9,6 +9,7 @@ from prefect import flow, get_client, get_run_logger, runtime
 from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Completed
 
+from flows import notify
 from flows.logs import to_prefect
 from flows.server import flush
 from flows.session import Session, current
@@ -59,7 +60,7 @@ def go_through(config: str, *, only: str | None, start: str | None, to: str | No
         listeners = Listeners([*([session.listener] if session.listener else []), progress, mlflow])
         run = session.run = Run(pipeline, selection=selection, listener=listeners)
         mlflow.run_id = run.id
-        _introduce(context.flow_run, run)
+        _introduce(context.flow_run, run, log)
         try:
             for name in run.order:
                 execute(name, run, handler)
@@ -76,12 +77,19 @@ def go_through(config: str, *, only: str | None, start: str | None, to: str | No
             progress.close()
         markdown(f"{pipeline.name}-run", page(run), "What this run did")
         found = summary(run)
+        if found["verdict"] == "refused" and any(run.pipeline.stages[name].produces == "verdict" for name in found["built"]):
+            notify.refused(context.flow_run, pipeline.name, sentence(found))
         return Completed(message=sentence(found), data=found)
 
 
-def _introduce(flow_run: Any, run: Run) -> None:
-    """Give the flow run the names that join it to the store: the pipeline's and the run's; and say which process runs it."""
+def _introduce(flow_run: Any, run: Run, log: Any) -> None:
+    """Give the flow run the names that join it to the store: the pipeline's and the run's; say which process runs it, and who wants to hear of failures."""
     with get_client(sync_client=True) as client:
-        client.update_flow_run(flow_run.id, name=f"{run.pipeline.name} {run.id}", tags=[*flow_run.tags, f"pipeline:{run.pipeline.name}"])
+        client.update_flow_run(flow_run.id, name=f"{run.pipeline.name} {run.id}", tags=sorted({*flow_run.tags, notify.tag(run.pipeline.name)}))
         client.update_flow_run_labels(flow_run.id, labels() | {"ftpipe.run": run.id, "ftpipe.pipeline": run.pipeline.name,
                                                                "ftpipe.config": str(Path(run.pipeline.source or "").absolute())})
+        if run.pipeline.settings.notify:
+            try:
+                notify.automate(client, run.pipeline.name, run.pipeline.settings.notify)
+            except Exception as error:  # no reason to train nothing
+                log.warning("nobody will be notified: %s", error)

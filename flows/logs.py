@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ftpipe.artifacts import LOG
+from ftpipe.secrets import hide
 
 
 class PrefectLog(logging.Handler):
@@ -41,7 +42,7 @@ class PrefectLog(logging.Handler):
             text = record.getMessage()
             if record.exc_info:
                 text += "\n" + logging.Formatter().formatException(record.exc_info)
-            self.target.log(record.levelno, "%s", text)
+            self.target.log(record.levelno, "%s", hide(text))
         except Exception:
             self.handleError(record)
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.notify import tag
 from flows.server import api, flush, ui
 from flows.session import Session, current
+from ftpipe.pipeline import spec
 
 if TYPE_CHECKING:
     from ftpipe.pipeline.runner import Run
@@ -21,9 +23,11 @@ def run_flow(config_path: str | Path, *, only: str | None, start: str | None, to
     """See `flows.run`."""
     # The caller shows progress and errors; Prefect's own console lines would say everything twice.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    name = spec.load(config_path, overrides=overrides).name  # what is wrong with the file is said before a server is asked for
     session = Session(listener)
     with api(schedules=False) as url:
         print(f"Prefect shows this run at {ui(url)}", file=sys.stderr, flush=True)
+        from prefect import tags
         from prefect.exceptions import CancelledRun
 
         from flows.data_to_model import data_to_model
@@ -32,7 +36,8 @@ def run_flow(config_path: str | Path, *, only: str | None, start: str | None, to
         mark_crashed()
         token = current.set(session)
         try:
-            data_to_model(str(Path(config_path).absolute()), only=only, start=start, to=to, force=list(force), overrides=overrides)
+            with tags(tag(name)):  # from the start: the server's events keep the tags that a run is created with
+                data_to_model(str(Path(config_path).absolute()), only=only, start=start, to=to, force=list(force), overrides=overrides)
         except CancelledRun:
             raise KeyboardInterrupt from None
         finally:

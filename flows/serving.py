@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from flows import notify
 from flows.server import api, ui
 from ftpipe.errors import ConfigError
 from ftpipe.pipeline import spec
@@ -33,9 +34,11 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
         from flows.stale import mark_crashed
 
         mark_crashed()
+        with get_client(sync_client=True) as client:
+            notify.automate(client, pipeline.name, pipeline.settings.notify)
         runner = _runner(name or pipeline.name, limit)
         id = runner.add_flow(
-            data_to_model, name=name or pipeline.name, parameters=parameters, schedules=[wanted] if wanted else [], tags=[f"pipeline:{pipeline.name}"],
+            data_to_model, name=name or pipeline.name, parameters=parameters, schedules=[wanted] if wanted else [], tags=[notify.tag(pipeline.name)],
             description=f"Keeps the adapter of `{config}` up to date. A run over unchanged data reuses every stage.",
             concurrency_limit=ConcurrencyLimitConfig(limit=limit, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
             entrypoint_type=EntrypointType.MODULE_PATH,

@@ -15,7 +15,7 @@ REPORT = "report.html"
 def summary(run: Run) -> dict[str, Any]:
     """`{run, pipeline, state, built, reused, verdict, version, report}`; what the selected stages did not make is None."""
     stages = run.record["stages"]
-    verdict, version, report = (_last(run, kind) for kind in ("gate", "register", "report"))
+    verdict, version, report = (_last(run, what) for what in ("verdict", "version", "report"))
     registered = version.json("registration.json") if version and version.has("registration.json") else {}
     return {
         "run": run.id,
@@ -58,5 +58,6 @@ def _rows(artifact: Artifact | None) -> str:
     return f"{counts['rows_kept']:,} of {counts['rows_in']:,}" if "rows_in" in counts else ""
 
 
-def _last(run: Run, kind: str) -> Artifact | None:
-    return next((a for a in reversed(run.artifacts.values()) if a.kind == kind), None)
+def _last(run: Run, what: str) -> Artifact | None:
+    """What the last stage made that produces a `verdict`, a `version` or a `report`."""
+    return next((a for name, a in reversed(run.artifacts.items()) if run.pipeline.stages[name].produces == what), None)

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import socket
+import sys
 from collections.abc import Iterable
+
+from ftpipe.secrets import hide
+
+PASSING = frozenset(getattr(errno, name) for name in (
+    "EIO", "ENOSPC", "EDQUOT", "EAGAIN", "EBUSY", "ETXTBSY", "EMFILE", "ENFILE", "ENOLCK", "ESTALE", "EINTR", "EADDRINUSE", "EADDRNOTAVAIL", "ECONNREFUSED",
+    "ECONNRESET", "ECONNABORTED", "EPIPE", "ETIMEDOUT", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO",
+) if hasattr(errno, name)) | {socket.EAI_AGAIN}
+"""Numbers of OSErrors that go away by themselves or by somebody's help: a full or failing disk, a taken port, a network that is down."""
+LIBRARIES = {"requests": ("ConnectionError", "Timeout"), "httpx": ("TimeoutException", "NetworkError", "RemoteProtocolError"),
+             "httpx2": ("TimeoutException", "NetworkError", "RemoteProtocolError"), "aiohttp": ("ClientConnectionError",)}
+"""The classes by which libraries that talk to servers say that the network failed."""
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses of a server that may answer later."""
 
 
 class FtpipeError(Exception):
@@ -18,6 +34,7 @@ class FtpipeError(Exception):
     retryable = False
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None):
+        what, where, remedy = hide(what), hide(where) if where else where, hide(remedy) if remedy else remedy
         super().__init__(what, where, remedy)
         self.what, self.where, self.remedy = what, where, remedy
 
@@ -46,6 +63,26 @@ class InfrastructureError(FtpipeError):
     """Something outside the computation failed (disk, network, port, lost process); a retry may succeed."""
 
     retryable = True
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what raised `error` may work when it is tried again: input and output, the network, a taken port, a busy server.
+
+    An error of ftpipe's own says so itself (`retryable`). Everything else (NaN, memory that ran out, bad settings, a fault in the code) would come again.
+    """
+    if isinstance(error, FtpipeError):
+        return error.retryable
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in BUSY
+    if isinstance(error, (TimeoutError, BrokenPipeError, ConnectionAbortedError, ConnectionRefusedError, ConnectionResetError)):
+        return True
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return True
+    if type(error).__name__ == "OperationalError" and any(word in str(error).lower() for word in ("locked", "busy")):
+        return True  # SQLite, directly or through SQLAlchemy
+    return any(isinstance(error, cls) for name, classes in LIBRARIES.items() if name in sys.modules
+               for cls in (getattr(sys.modules[name], c, None) for c in classes) if isinstance(cls, type))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

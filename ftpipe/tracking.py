@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ftpipe.secrets import hide
 from ftpipe.stages.base import Environment, Listener
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class MlflowListener(Listener):
     def _give_up(self, name: str, error: Exception) -> None:
         self._broken, self._waiting = True, []
         log.warning("%s: metrics are no longer sent to MLflow (%s: %s); training goes on, and the artifact's metrics.parquet will have them all",
-                    name, type(error).__name__, str(error).strip().split("\n")[0][:300])
+                    name, type(error).__name__, hide(str(error)).strip().split("\n")[0][:300])
 
 
 def default_uri(env: Environment) -> str:

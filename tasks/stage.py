@@ -11,15 +11,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
-from ftpipe.errors import FtpipeError
+from ftpipe.errors import FtpipeError, may_pass
 from ftpipe.pipeline.runner import Run
 from tasks.publish import publish
 
 
 def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
-    """Whether the error that failed the task may go away by itself: a full disk, a lost process, a taken port; never NaN or bad input."""
+    """Whether the error that failed the task may go away by itself; see `may_pass`. What the stage left in its work folder is taken up again."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, FtpipeError) and error.retryable
+    return isinstance(error, BaseException) and may_pass(error)
 
 
 @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, retries=3, retry_delay_seconds=exponential_backoff(5),

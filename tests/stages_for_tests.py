@@ -77,6 +77,17 @@ class PlantedReport(Stage):
         (ctx.out / "report.html").write_text(f"<h1>{sorted(ctx.inputs)}</h1>")
 
 
+class PlantedVerdict(Stage):
+    """Refuses or lets pass, as it is told."""
+
+    method_name: ClassVar[str] = "planted_verdict"
+    produces: ClassVar[str] = "verdict"
+    passes: bool = False
+
+    def run(self, ctx: StageContext) -> None:
+        (ctx.out / "verdict.json").write_text(json.dumps({"passed": self.passes}))
+
+
 class Flaky(Stage):
     """Fails `times` times in a way that a retry may mend; the tries are counted in `ctx.work`."""
 
@@ -132,7 +143,7 @@ class Ranks(Stage):
             (ctx.env.workspace / "unwound").touch()
 
 
-KINDS = (PlantedRows, PlantedTraining, PlantedReport, Flaky, Ranks)
+KINDS = (PlantedRows, PlantedTraining, PlantedReport, PlantedVerdict, Flaky, Ranks)
 
 
 def install(folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ftpipe.secrets import Formatter
 from ftpipe.stages.base import Listener
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def show_logs(level: int = logging.WARNING) -> None:
     """Send ftpipe's log to the console; the full log of a stage is in its artifact and under `ftpipe log`."""
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=level > logging.INFO)
     handler.setLevel(level)
+    handler.setFormatter(Formatter("%(message)s"))
     logger = logging.getLogger("ftpipe")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

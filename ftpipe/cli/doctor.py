@@ -151,6 +151,7 @@ def _config(config: str | None) -> Iterator[Finding]:
     from ftpipe.pipeline import spec
     from ftpipe.pipeline.plan import plan
     from ftpipe.pipeline.store import Store
+    from ftpipe.secrets import hide
 
     pipeline = spec.load(config)
     pipeline.check()
@@ -164,4 +165,5 @@ def _config(config: str | None) -> Iterator[Finding]:
                 good = httpx.get(f"{uri.rstrip('/')}/health", timeout=10).status_code == 200
             except httpx.HTTPError:
                 good = False
-            yield OK if good else BAD, f"MLflow ({what})", f"{uri} {'answers' if good else 'does not answer'}", f"start it, or correct `{what}` in {config}"
+            yield OK if good else BAD, f"MLflow ({what})", f"{hide(uri)} {'answers' if good else 'does not answer'}", \
+                f"start it, or correct `{what}` in {config}"

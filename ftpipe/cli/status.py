@@ -1,4 +1,4 @@
-"""`ftpipe status`: the last runs and how their stages went."""
+"""`ftpipe status`: the last runs, how their stages went, and the space they take."""
 
 from __future__ import annotations
 
@@ -17,35 +17,41 @@ def status(
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: Json = False,
 ) -> None:
-    """Show the latest runs, or the stages of one run."""
+    """Show the latest runs, or the stages of one run. The disk is that of what a run built itself and that is still there."""
     from rich.table import Table
 
     from ftpipe.cli._console import console
     from ftpipe.errors import ConfigError
+    from ftpipe.pipeline.garbage import of_run
     from ftpipe.pipeline.runner import runs
+    from ftpipe.report.numbers import size
 
     found = runs(workspace)
     if run_id:
         found = [r for r in found if r["id"].startswith(run_id)]
         if not found:
             raise ConfigError(f"no run {run_id!r} in {workspace}", remedy="`ftpipe status` lists them")
+    disk = {r["id"]: of_run(workspace, r) for r in found[:last]}
     if as_json:
-        typer.echo(json.dumps(found[:last], indent=1))
+        typer.echo(json.dumps([r | {"bytes": disk[r["id"]]} for r in found[:last]], indent=1))
         return
     if not found:
         console.print(f"no runs in {workspace}")
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     if run_id:
-        for column in ("stage", "state", "seconds", "why", "key"):
+        for column in ("stage", "state", "seconds", "disk", "why", "key"):
             table.add_column(column, overflow="fold")
         for name, s in found[0]["stages"].items():
-            table.add_row(name, s["state"], f"{s['seconds']:.1f}", s.get("reason") or s.get("error", ""), s.get("key", "")[:12])
+            space = disk[found[0]["id"]].get(name)
+            table.add_row(name, s["state"], f"{s['seconds']:.1f}", size(space) if space else "", s.get("reason") or s.get("error", ""), s.get("key", "")[:12])
     else:
-        for column in ("run", "pipeline", "state", "started", "built", "reused", "what happened"):
+        for column in ("run", "pipeline", "state", "started", "built", "reused", "disk", "what happened"):
             table.add_column(column, overflow="fold")
         for r in found[:last]:
             states = [s["state"] for s in r["stages"].values()]
             failed = next((f"{n}: {s['error']}" for n, s in r["stages"].items() if s["state"] in ("failed", "cancelled")), "")
-            table.add_row(r["id"], r["pipeline"], r["state"], r["started"], str(states.count("built")), str(states.count("reused")), failed)
+            space = sum(disk[r["id"]].values())
+            table.add_row(r["id"], r["pipeline"], r["state"], r["started"], str(states.count("built")), str(states.count("reused")),
+                          size(space) if space else "", failed)
     console.print(table)

@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-CARRIERS = ("ftpipe.pipeline", "ftpipe.cli", "ftpipe.errors", "ftpipe.slots", "ftpipe.artifacts", "ftpipe.canonical", "ftpipe.stages.base")
+CARRIERS = ("ftpipe.pipeline", "ftpipe.cli", "ftpipe.errors", "ftpipe.slots", "ftpipe.artifacts", "ftpipe.canonical", "ftpipe.stages.base",
+            "ftpipe.secrets")
 
 
 def fingerprint(modules: Iterable[str]) -> dict[str, str]:

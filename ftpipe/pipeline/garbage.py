@@ -6,8 +6,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -63,6 +65,17 @@ def remove(workspace: Path, garbage: Iterable[Garbage]) -> int:
         except Timeout:
             continue
     return freed
+
+
+def of_run(workspace: Path, record: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the artifacts that a run built and that are still there, by stage. A reused artifact counts for the run that built it."""
+    store, found = Store(workspace), {}
+    for name, entry in record["stages"].items():
+        artifact = store.find(entry["kind"], entry["key"]) if entry["state"] == "built" else None
+        with suppress(ArtifactError):
+            if artifact is not None and artifact.manifest["notes"].get("run") == record["id"]:
+                found[name] = used(artifact.path)
+    return found
 
 
 def used(folder: Path) -> int:

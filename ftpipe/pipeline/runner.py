@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ftpipe import __version__
+from ftpipe import __version__, secrets
 from ftpipe.artifacts import LOG, Artifact
 from ftpipe.errors import ArtifactError, ConfigError, FtpipeError
+from ftpipe.pipeline.events import Events
 from ftpipe.pipeline.plan import Planned, plan_stage, remember
 from ftpipe.pipeline.spec import Pipeline
 from ftpipe.pipeline.store import Store, write_atomic
@@ -71,6 +72,8 @@ class Run:
             "version": __version__, "argv": sys.argv, "host": socket.gethostname(), "pid": os.getpid(), "user": os.environ.get("USER", ""), "stages": {},
         }
         pipeline.check()
+        self.events = Events(pipeline.env.workspace, self.id, pipeline.name)
+        self.events("run", state="started", stages=self.order)
         self._save()
 
     def execute(self, name: str) -> Artifact:
@@ -80,8 +83,10 @@ class Run:
         try:
             artifact, planned = self._execute(name)
         except BaseException as error:
+            secrets.clean(error)
             state = "cancelled" if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal" else "failed"
             self.record["stages"][name] = {"state": state, "error": str(error) or type(error).__name__, "seconds": round(time.monotonic() - began, 3)}
+            self.events("stage", stage=name, **self.record["stages"][name])
             self.close(state)
             self.listener.failed(name, error)
             raise
@@ -89,6 +94,7 @@ class Run:
         self.record["stages"][name] = {"state": "built" if planned.run else "reused", "reason": planned.reason, "key": artifact.key, "kind": artifact.kind,
                                        "seconds": round(time.monotonic() - began, 3)}
         self._save()
+        self.events("stage", stage=name, **self.record["stages"][name], counts=artifact.counts)
         self.listener.finished(name, artifact, reused=not planned.run)
         return artifact
 
@@ -97,6 +103,7 @@ class Run:
         if self.record["state"] == "running":
             self.record |= {"state": state, "ended": _now()}
             self._save()
+            self.events("run", state=state)
 
     def _execute(self, name: str) -> tuple[Artifact, Planned]:
         stage = self.pipeline.stages[name]
@@ -119,12 +126,15 @@ class Run:
     def _build(self, name: str, planned: Planned, inputs: dict[str, Artifact]) -> Artifact:
         stage, store = self.pipeline.stages[name], self.store
         self.listener.started(name, planned.kind, planned.key)
+        self.events("stage", stage=name, state="started", kind=planned.kind, key=planned.key, reason=planned.reason)
         work = store.work(planned.kind, planned.key)
         work.mkdir(parents=True, exist_ok=True)
         began, started = time.monotonic(), _now()
         with store.building(planned.kind, planned.key) as out:
             log_path = self.store.workspace / "logs" / self.id / f"{name.replace('/', '__')}.log"
             log, handler = _stage_log(name, log_path)
+            structured = self.events.handler(name)
+            log.addHandler(structured)
             ctx = StageContext(name=name, key=planned.key, out=out, work=work, inputs=inputs, env=self.pipeline.env, log=log, listener=self.listener)
             try:
                 log.info("%s (%s) starts: %s", name, planned.kind, planned.reason)
@@ -132,6 +142,7 @@ class Run:
                 _check_counts(name, ctx.counts)
                 log.info("%s done in %.1f s", name, time.monotonic() - began)
             finally:
+                log.removeHandler(structured)
                 log.removeHandler(handler)
                 handler.close()
             shutil.copyfile(log_path, out / LOG)
@@ -161,7 +172,7 @@ class Run:
             logging.getLogger("ftpipe").warning("%s: %s; the artifact was moved to %s and is made again", planned.name, planned.altered, where)
 
     def _save(self) -> None:
-        write_atomic(self.store.workspace / "runs" / f"{self.id}.json", json.dumps(self.record, indent=1))
+        write_atomic(self.store.workspace / "runs" / f"{self.id}.json", json.dumps(secrets.hidden(self.record), indent=1))
 
 
 def run(pipeline: Pipeline, *, selection: Selection | None = None, listener: Listener | None = None) -> Run:
@@ -202,7 +213,7 @@ def _stage_log(name: str, path: Path) -> tuple[logging.Logger, logging.Handler]:
     log = logging.getLogger(f"ftpipe.stage.{name}")
     log.setLevel(logging.INFO)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     return log, handler
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ftpipe import slots
+from ftpipe import secrets, slots
 from ftpipe.errors import ConfigError, nearest
 from ftpipe.stages.base import Environment, Stage, with_refs
 
@@ -26,8 +26,11 @@ class Settings(BaseModel):
     model: str = Field(default="", description="Base model: a hub id, a folder, a .gguf file, or package:NAME for one that a Python package ships.")
     seed: int = Field(default=0, ge=0, description="Seed of everything random, unless a stage sets its own.")
     workspace: str = Field(default=".ftpipe", description="Folder for everything that is written, relative to where ftpipe is started.")
-    tracking: str | None = Field(default=None, description="MLflow tracking server; without it a SQLite file in the workspace.")
-    registry: str | None = Field(default=None, description="MLflow model registry; without it the tracking server.")
+    tracking: str | None = Field(default=None, description="MLflow tracking server; without it a SQLite file in the workspace. ${NAME} stands for an "
+                                 "environment variable.")
+    registry: str | None = Field(default=None, description="MLflow model registry; without it the tracking server. ${NAME} as in tracking.")
+    notify: list[str] = Field(default_factory=list, description="Prefect notification blocks that are told when a run fails or the gate refuses a candidate, "
+                              "such as slack-webhook/team.")
     stages: dict[str, Any] = Field(description="The stages by name.")
 
     @field_validator("name")
@@ -35,6 +38,14 @@ class Settings(BaseModel):
     def _slug(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError("use letters, digits, '-', '_' and '.', starting with a letter or digit")
+        return value
+
+    @field_validator("notify")
+    @classmethod
+    def _blocks(cls, value: list[str]) -> list[str]:
+        for target in value:
+            if not re.fullmatch(r"[a-z0-9-]+/[a-z0-9-]+", target):
+                raise ValueError(f"{target!r} names no Prefect block: write its type and its name, such as slack-webhook/team")
         return value
 
 
@@ -164,6 +175,9 @@ def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None =
     lines, file = lines or {}, str(source) if source else "config"
     if not isinstance(data, dict):
         raise ConfigError("the file must hold `key: value` pairs", where=file)
+    if (place := secrets.written_out(data)) is not None:
+        raise ConfigError(f"{'.'.join(map(str, place))} holds a password", where=_at(file, lines, place),
+                          remedy="give it to the environment; in `tracking` and `registry` write ${NAME} where it stood")
     data = {k: v for k, v in data.items() if not str(k).startswith("x-")}
     try:
         settings = Settings(**data)
@@ -172,7 +186,7 @@ def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None =
     if not settings.stages:
         raise ConfigError("there are no stages", where=file)
     env = Environment(workspace=Path(settings.workspace).expanduser().absolute(), base=base.absolute(), pipeline=settings.name,
-                      tracking_uri=settings.tracking, registry_uri=settings.registry)
+                      tracking_uri=_filled(settings.tracking, "tracking", lines, file), registry_uri=_filled(settings.registry, "registry", lines, file))
     written = {str(n): _stage(str(n), fields, settings, lines, file) for n, fields in settings.stages.items()}
     stages: dict[str, Stage] = {}
     groups: dict[str, list[str]] = {}
@@ -189,6 +203,15 @@ def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None =
                 raise ConfigError(f"stage {name} reads {ref!r}, which is no stage", where=_at(file, lines, ("stages", name.split("/")[0])),
                                   remedy=nearest(ref, [*stages, *groups]))
     return Pipeline(settings, stages, groups, env, source)
+
+
+def _filled(uri: str | None, key: str, lines: dict[Path_, str], file: str) -> str | None:
+    try:
+        return secrets.fill(uri) if uri else uri
+    except KeyError as error:
+        name = error.args[0]
+        raise ConfigError(f"{key} names the environment variable {name}, which is not set", where=_at(file, lines, (key,)),
+                          remedy=f"export {name}=...; `deploy/README.md` says where services get theirs from") from None
 
 
 def _stage(name: str, fields: Any, settings: Settings, lines: dict[Path_, str], file: str) -> Stage:

@@ -24,11 +24,12 @@ def main(path: str) -> int:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        from ftpipe.errors import FtpipeError
+        from ftpipe.errors import FtpipeError, InfrastructureError, may_pass
 
         known = isinstance(error, FtpipeError)
-        report("failed", kind=type(error).__name__ if known else "", what=error.what if known else f"{type(error).__name__}: {error}",
-               where=error.where if known else None, remedy=error.remedy if known else None)
+        kind = type(error).__name__ if known else InfrastructureError.__name__ if may_pass(error) else ""
+        report("failed", kind=kind, what=error.what if known else f"{type(error).__name__}: {error}",
+               where=error.where if known else None, remedy=error.remedy if known else "run again, it resumes from the last checkpoint")
         return 1
 
 

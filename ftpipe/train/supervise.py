@@ -65,6 +65,7 @@ class Supervisor:
 
     def __init__(self, children: list[Child], timeout: float, hear: Callable[[Child, dict[str, Any]], None]):
         self.children, self.timeout, self.hear = children, timeout, hear
+        self.memory_ran_out = out_of_memory_kills()
 
     def wait(self) -> None:
         """Return when every child has ended with status 0. Raises what the first one that failed reported, or InfrastructureError."""
@@ -106,6 +107,10 @@ class Supervisor:
         if killed:
             number = -first.process.returncode
             name = signal.Signals(number).name if number in [s.value for s in signal.Signals] else str(number)
+            if name == "SIGKILL" and out_of_memory_kills() > self.memory_ran_out:
+                return errors.TrainingError(f"{first.name} was killed by the kernel, as memory ran out, while {first.doing}\n{first.last_lines()}".rstrip(),
+                                           remedy="lower batch_tokens, or use fewer ranks, `quantize:` or a machine with more memory; it resumes from the "
+                                           "last checkpoint")
             hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
             what = f"{first.name} was killed by {name}{hint} while {first.doing}"
             return InfrastructureError(f"{what}\n{first.last_lines()}".rstrip(), remedy="run again, it resumes from the last checkpoint; lower batch_tokens "
@@ -152,6 +157,14 @@ def supervised(commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], 
                 record.unlink(missing_ok=True)
     if left:
         raise InfrastructureError(f"{len(left)} processes could not be ended: {left}", remedy="end them by hand before training again")
+
+
+def out_of_memory_kills() -> int:
+    """How often the kernel has killed a process since its start because memory ran out; 0 where it does not say."""
+    try:
+        return next((int(line.split()[1]) for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill ")), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:

@@ -53,7 +53,12 @@ def test_plan_run_status_log(call) -> None:
     listed = json.loads(call("status", "--json").output)
     assert [r["state"] for r in listed] == ["succeeded", "succeeded"]
     assert "big" in call("status", listed[-1]["id"]).output
+    assert set(listed[-1]["bytes"]) == {"numbers", "big"} and all(listed[-1]["bytes"].values()) and listed[0]["bytes"] == {}
     assert "big (above) starts: never built here" in call("log", "big").output
+    lines = [json.loads(line) for line in call("log", "big", "--json", "--run", listed[-1]["id"]).output.splitlines()]
+    assert {line["stage"] for line in lines} == {"big"} and lines[-1]["state"] == "built" and "counts" in lines[-1]
+    assert json.loads(call("log", "--json").output.splitlines()[-1])["state"] == "succeeded"
+    assert "no stage is named" in str(call("log").exception)
 
 
 def test_stage_alone(call) -> None:

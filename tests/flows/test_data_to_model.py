@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import yaml
 
 from ftpipe.errors import ConfigError, InfrastructureError, TrainingError
+from ftpipe.pipeline import spec
 from tests.stages_for_tests import CHAIN, wait_for, write_pipeline
 
 pytestmark = pytest.mark.timeout(120)
@@ -109,6 +114,52 @@ def test_what_may_pass_is_tried_again_and_the_rest_is_not(flow, client, folder, 
         flow(str(write_pipeline(folder / "c", {"shaky": {"kind": "flaky", "times": 9}})))
 
 
+def test_an_error_of_the_system_is_tried_again_after_a_pause_and_the_stage_resumes(flow, client, folder, monkeypatch):
+    """Three tries fail, each in another way, each one step further; the fourth has only the last step left to do."""
+    from tasks import stage
+    from tests.stages_for_tests import PlantedTraining
+
+    failures = [OSError(errno.ENOSPC, "No space left on device"), ConnectionResetError("planted"), OSError(errno.EADDRINUSE, "Address already in use")]
+    steps: list[int] = []
+
+    def interrupted(self, ctx):
+        done = ctx.work / "step"
+        first = int(done.read_text()) + 1 if done.exists() else 1
+        for step in range(first, 5):
+            steps.append(step)
+            done.write_text(str(step))
+            if failures:
+                raise failures.pop(0)
+        (ctx.out / "train.json").write_text("{}")
+
+    monkeypatch.setattr(stage.execute, "retry_delay_seconds", [0.1, 0.1, 0.1])
+    monkeypatch.setattr(PlantedTraining, "run", interrupted)
+    assert flow(str(write_pipeline(folder, CHAIN)))["built"] == ["rows", "adapter", "page"]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), MemoryError(), FileNotFoundError(2, "No such file"), ValueError("bad")], ids=repr)
+def test_what_would_come_again_is_not_tried_again(error, flow, folder, monkeypatch):
+    from tests.stages_for_tests import PlantedTraining
+
+    tries: list[int] = []
+
+    def failing(self, ctx):
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(PlantedTraining, "run", failing)
+    with pytest.raises(type(error)):
+        flow(str(write_pipeline(folder, CHAIN)))
+    assert len(tries) == 1
+
+
+def test_pauses_between_tries_grow():
+    from tasks.stage import execute
+
+    assert execute.retry_delay_seconds == [5, 10, 20] and execute.retry_jitter_factor > 0
+
+
 def test_a_bad_configuration_fails_before_any_stage(flow, client, folder):
     with pytest.raises(ConfigError, match="planted_rowz"):
         flow(str(write_pipeline(folder, {"rows": {"kind": "planted_rowz"}})))
@@ -193,3 +244,78 @@ def test_runs_whose_process_is_gone_are_marked(client):
     assert list(states.values()) == ["CRASHED", "CRASHED", "RUNNING", "RUNNING", "RUNNING"]
     for run in (mine, elsewhere, other):
         client.delete_flow_run(run)
+
+
+@pytest.fixture
+def received():
+    """A receiver of web hooks: its address, and what it was told."""
+    told: list[dict] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *a):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/hook", told
+    server.shutdown()
+
+
+def with_notify(folder, name, stages, targets):
+    path = write_pipeline(folder, stages, name=name)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"notify": targets}))
+    return str(path)
+
+
+def test_failures_and_refusals_are_told_once_and_good_runs_are_not(client, folder, received):
+    from prefect import tags
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+    from flows import notify
+    from flows.data_to_model import data_to_model
+
+    url, told = received
+    CustomWebhookNotificationBlock(name="ops", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}).save("ops", overwrite=True)
+    target = ["custom-webhook/ops"]
+    gate = with_notify(folder / "gate", "gated", {"judged": {"kind": "planted_verdict", "passes": True}}, target)
+    assert data_to_model(gate)["verdict"] == "passed"
+    (made,) = client.read_automations_by_name("ftpipe: gated")
+
+    data_to_model(gate, overrides={"stages.judged.passes": False})
+    wait_for(lambda: told, 20, what="the refusal")
+    assert told[0]["subject"] == "ftpipe: the gate refused a candidate" and told[0]["body"].startswith("gated 2") and "refused" in told[0]["body"]
+    data_to_model(gate, overrides={"stages.judged.passes": False})  # nothing new was judged
+
+    failing = with_notify(folder / "fail", "failing", {"shaky": {"kind": "flaky", "retryable": False}}, target)
+    with pytest.raises(TrainingError), tags(notify.tag("failing")):  # as `flows.run` and deployments have it
+        data_to_model(failing)
+    wait_for(lambda: len(told) > 1, 20, what="the failure")
+    assert told[1]["subject"] == "ftpipe: run Failed" and told[1]["body"].startswith("failing 2") and "try 1 fails" in told[1]["body"]
+    assert len(told) == 2
+
+    assert client.read_automations_by_name("ftpipe: gated") == [made], "one automation, left alone while `notify` stays"
+    notify.automate(client, "gated", [])
+    assert client.read_automations_by_name("ftpipe: gated") == []
+    notify.automate(client, "failing", [])
+
+
+def test_a_block_that_is_not_there_stops_serving_but_no_run(client, folder):
+    from flows import notify
+    from flows.data_to_model import data_to_model
+
+    with pytest.raises(ConfigError, match="no block slack-webhook/nobody") as caught:
+        notify.automate(client, "small", ["slack-webhook/nobody"])
+    assert caught.value.where == "notify" and client.read_automations_by_name("ftpipe: small") == []
+    done = data_to_model(with_notify(folder, "small", {"judged": {"kind": "planted_verdict", "passes": True}}, ["slack-webhook/nobody"]))
+    assert done["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("wrong", ["team", "https://hooks.slack.com/services/T/B/x", "slack-webhook/"])
+def test_notify_names_blocks_and_nothing_else(wrong, folder):
+    with pytest.raises(ConfigError, match="names no Prefect block"):
+        spec.load(with_notify(folder, "small", {"judged": {"kind": "planted_verdict"}}, [wrong]))

@@ -111,6 +111,14 @@ def test_a_killed_child_takes_the_others_along_and_may_be_tried_again(tmp_path):
     assert time.monotonic() - began < 20
 
 
+def test_a_child_that_memory_ran_out_for_is_not_tried_again(tmp_path, monkeypatch):
+    counts = iter([3, 4])
+    monkeypatch.setattr("ftpipe.train.supervise.out_of_memory_kills", lambda: next(counts))
+    with pytest.raises(TrainingError, match="rank 0 was killed by the kernel, as memory ran out, while step 7") as caught:
+        watch(tmp_path, {"rank 0": HOLD + "report.alive('step 7'); os.kill(os.getpid(), 9)"})
+    assert not caught.value.retryable and "batch_tokens" in caught.value.remedy
+
+
 def test_silence_is_a_failure_that_names_the_silent_one(tmp_path):
     busy = HOLD + "\nwhile True: report.alive('counting'); time.sleep(0.1)"
     with pytest.raises(InfrastructureError, match=r"rank 1 has been silent for 2 s; the last it said was: step 4(.|\n)*the last it printed"):
