@@ -72,19 +72,24 @@ def test_a_second_run_waits_for_the_first(server, kinds, tmp_path):
         assert sorted("nothing to do" in s["message"] for s in states) == [False, True]
 
 
-def test_serve_without_a_server_brings_its_own(kinds, tmp_path):
+def test_commands_without_a_server_bring_one_each(kinds, tmp_path):
+    """`serve` and `run` share one Prefect database, as one user's commands do, and neither depends on the other's server."""
     home = tmp_path / "prefect"
     home.mkdir()
-    config, log = write_pipeline(tmp_path, CHAIN, name="own"), tmp_path / "serve.log"
-    with ftpipe(["serve", str(config), "--every", "10"], environment(home, kinds), log) as process:
-        wait_for(lambda: process.poll() is not None or "is served" in log.read_text(), 120, what="the runner")
+    env, log = environment(home, kinds), tmp_path / "serve.log"
+    config = write_pipeline(tmp_path / "a", CHAIN, name="own")
+    long = write_pipeline(tmp_path / "b", {"rows": CHAIN["rows"], "adapter": CHAIN["adapter"] | {"steps": 20, "pause": 0.5}}, name="long")
+    with ftpipe(["serve", str(config), "--every", "10"], env, log) as process, ftpipe(["run", str(long)], env, tmp_path / "run.log") as run:
+        wait_for(lambda: process.poll() is not None or "is served" in log.read_text(), 180, what="the runner")
         assert process.poll() is None, log.read_text()
         ui = next(line for line in log.read_text().splitlines() if "/deployments/deployment/" in line)
         assert httpx.get(ui, headers={"accept": "text/html"}, follow_redirects=True).status_code == 200
-        wait_for(lambda: query(home, "select 1 from flow_run where state_type = 'COMPLETED'"), 90, what="a finished run")
+        wait_for(lambda: query(home, "select 1 from flow_run where state_type = 'COMPLETED' and name like 'own%'"), 90, what="a finished run")
         stop(process)
         assert process.returncode == 0, log.read_text()[-2000:]
         wait_for(lambda: not _answers(ui), 20, what="the end of the server")
+        assert run.wait(150) == 0, (tmp_path / "run.log").read_text()
+    assert query(home, "select state_type from flow_run where name like 'long%'") == [("COMPLETED",)]
 
 
 def _answers(url: str) -> bool:
@@ -106,17 +111,3 @@ def test_serve_says_what_is_wrong(arguments, url, words, status, kinds, tmp_path
         assert process.wait(60) == status
     said = log.read_text()
     assert all(w in said for w in words) and "Traceback" not in said, said
-
-
-def test_two_runs_at_once_bring_a_server_each(kinds, tmp_path):
-    """They share one Prefect database, as one user's runs do, and neither depends on the other's server."""
-    home = tmp_path / "prefect"
-    home.mkdir()
-    env = environment(home, kinds)
-    short = write_pipeline(tmp_path / "a", CHAIN, name="short")
-    long = write_pipeline(tmp_path / "b", {"rows": CHAIN["rows"], "adapter": CHAIN["adapter"] | {"steps": 20, "pause": 0.5}}, name="long")
-    with ftpipe(["run", str(short)], env, tmp_path / "a.log") as one, ftpipe(["run", str(long)], env, tmp_path / "b.log") as two:
-        assert one.wait(150) == 0, (tmp_path / "a.log").read_text()
-        assert two.wait(150) == 0, (tmp_path / "b.log").read_text()
-    assert sorted(query(home, "select substr(name, 1, 5), state_type from flow_run")) == [("long ", "COMPLETED"), ("short", "COMPLETED")]
-    assert len({line for f in ("a.log", "b.log") for line in (tmp_path / f).read_text().splitlines() if "Prefect shows" in line}) == 2

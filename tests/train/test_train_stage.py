@@ -179,10 +179,13 @@ def test_how_the_work_is_spread_is_no_part_of_the_key(tiny_model):
     assert planted.stage(tiny_model, learning_rate=1e-3).key_fields() != plain
 
 
-def test_training_told_to_learn_nothing_leaves_an_adapter_that_says_so(tiny_model, tmp_path):
+def test_training_told_to_learn_nothing_leaves_an_adapter_that_says_so(trained, tiny_model, tmp_path):
+    """With another seed, so that it also shows that the seed decides the start: that the same one gives the same bytes, every test of resuming shows."""
     from ftpipe.models.loading import load_adapted
 
-    ctx = planted.train(tmp_path, tiny_model, lessons(8), learning_rate=0.0, steps=1)
+    ctx = planted.train(tmp_path, tiny_model, lessons(8), learning_rate=0.0, steps=1, seed=2)
+    ours, theirs = planted.tensors(ctx), planted.tensors(trained[0])
+    assert all(float((t - theirs[n]).abs().max()) > 0.01 for n, t in ours.items() if "lora_A" in n)
     assert json.loads((ctx.out / "adapter" / "ftpipe_adapter.json").read_text())["zero_delta"] is True
     assert all(not t.any() for n, t in planted.tensors(ctx).items() if "lora_B" in n)
     load_adapted(str(tiny_model), ctx.env, ctx.out / "adapter", dtype="float32")
