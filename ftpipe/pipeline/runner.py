@@ -189,7 +189,8 @@ def runs(workspace: Path) -> list[dict[str, Any]]:
     import psutil
 
     found = []
-    for path in sorted((workspace / "runs").glob("*.json"), reverse=True):
+    # an id begins with its second; of runs that began in one, the later is the one that was written to last
+    for path in sorted((workspace / "runs").glob("*.json"), key=lambda p: (p.name[:15], p.stat().st_mtime_ns), reverse=True):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["state"] == "running" and record["host"] == socket.gethostname() and not psutil.pid_exists(record["pid"]):
             record["state"] = "killed"

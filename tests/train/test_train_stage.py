@@ -185,7 +185,8 @@ def test_training_told_to_learn_nothing_leaves_an_adapter_that_says_so(trained, 
 
     ctx = planted.train(tmp_path, tiny_model, lessons(8), learning_rate=0.0, steps=1, seed=2)
     ours, theirs = planted.tensors(ctx), planted.tensors(trained[0])
-    assert all(float((t - theirs[n]).abs().max()) > 0.01 for n, t in ours.items() if "lora_A" in n)
+    alike = {n: float((t * theirs[n]).sum() / (t.norm() * theirs[n].norm())) for n, t in ours.items() if "lora_A" in n}
+    assert alike and all(abs(c) < 0.5 for c in alike.values()), "training turns a start by far less than that"
     assert json.loads((ctx.out / "adapter" / "ftpipe_adapter.json").read_text())["zero_delta"] is True
     assert all(not t.any() for n, t in planted.tensors(ctx).items() if "lora_B" in n)
     load_adapted(str(tiny_model), ctx.env, ctx.out / "adapter", dtype="float32")
