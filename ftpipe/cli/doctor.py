@@ -107,13 +107,11 @@ def _devices() -> Iterator[Finding]:
 
 def _distributed() -> Iterator[Finding]:
     """DeepSpeed can be imported, and ranks can meet."""
-    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
     import torch.distributed as dist
 
+    from ftpipe.train.setup import import_deepspeed
+
+    deepspeed = import_deepspeed("cpu")
     yield OK, "DeepSpeed", deepspeed.__version__, ""
     backends = [b for b, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
     yield OK if backends else BAD, "backends", ", ".join(backends) or "none", "install a torch with distributed support"

@@ -87,6 +87,10 @@ class Limit:
         """Which items of an order to take, see `fill`. amount: fill this much, instead of the whole budget."""
         return fill(costs, self.amount if amount is None else amount)
 
+    def first(self, order: np.ndarray) -> np.ndarray:
+        """What `take` takes of rows in the order of preference: (n,) positions in `cost`, a part of which comes back."""
+        return order[self.take(self.cost["cost"].to_numpy()[order])]
+
     def used(self, chosen: pa.Table) -> int:
         """What `chosen` (row_id, times) costs."""
         import pyarrow.compute as pc

@@ -89,7 +89,7 @@ def used(folder: Path) -> int:
             continue
         if path.is_file() and not path.is_symlink() and (stat.st_dev, stat.st_ino) not in seen:
             seen.add((stat.st_dev, stat.st_ino))
-            total += stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
+            total += stat.st_blocks * 512
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import tempfile
 import time
@@ -31,7 +30,7 @@ def claimed(wanted: int, devices: Sequence[str], log: Callable[[str], None], fol
     Args:
         folder: where the lock files lie; one for each user of the machine by default.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"ftpipe-devices-{getpass.getuser()}"
+    folder = folder or Path(tempfile.gettempdir()) / f"ftpipe-devices-{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
     said = False
     with ExitStack() as held:

@@ -12,7 +12,6 @@ from ftpipe.train.lifeline import Reporter, hold
 def main(path: str) -> int:
     """Train as the job file says. Returns the exit status; what went wrong is reported to the parent first."""
     hold()
-    sys.modules["mlflow"] = None  # DeepSpeed's autotuner would import it, for a fifth of a rank's start; the parent is who talks to MLflow
     report = Reporter()
     try:
         from ftpipe.train.loop import train

@@ -80,7 +80,7 @@ class GotD(Selector):
         gradient = calibrated(found.pool)
         order = usable[np.argsort(gradient, kind="stable")]
         # the cost table and the scores are both in ascending order of row_id
-        taken = order[limit.take(limit.cost["cost"].to_numpy()[order])]
+        taken = limit.first(order)
         times = np.zeros(ids.num_rows, dtype=np.int64)
         times[taken] = 1
         scores = np.full(ids.num_rows, np.nan)

@@ -53,7 +53,7 @@ class Ifd(Selector):
         open_to = np.flatnonzero(np.equal(reason, None))
         order = open_to[np.argsort(-ratio[open_to], kind="stable")]
         # the cost table and the scores are both in ascending order of row_id
-        taken = order[limit.take(limit.cost["cost"].to_numpy()[order])]
+        taken = limit.first(order)
         times = np.zeros(len(ratio), dtype=np.int64)
         times[taken] = 1
         score = pa.array(ratio, pa.float64(), mask=np.isnan(ratio))

@@ -151,7 +151,7 @@ class InstructMining(Selector):
         order = np.flatnonzero(known)
         order = order[np.argsort(score[order], kind="stable")]
         # the cost table and the indicators are both in ascending order of row_id
-        taken = order[limit.take(limit.cost["cost"].to_numpy()[order])]
+        taken = limit.first(order)
         times = np.zeros(len(score), dtype=np.int64)
         times[taken] = 1
         column = pa.array(score, pa.float64(), mask=~known)

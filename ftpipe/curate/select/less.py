@@ -103,7 +103,7 @@ class Less(Selector):
         order = np.flatnonzero(known)
         order = order[np.argsort(-score[order], kind="stable")]
         # the cost table and the scores are both in ascending order of row_id
-        taken = order[limit.take(limit.cost["cost"].to_numpy()[order])]
+        taken = limit.first(order)
         times = np.zeros(len(score), dtype=np.int64)
         times[taken] = 1
         column = pa.array(score, pa.float64(), mask=~known)

@@ -94,7 +94,7 @@ class Lobass(Selector):
         open_to = np.flatnonzero(np.equal(reason, None))
         order = open_to[np.argsort(-score[open_to], kind="stable")]
         # the cost table and the scores are both in ascending order of row_id
-        taken = order[limit.take(limit.cost["cost"].to_numpy()[order])]
+        taken = limit.first(order)
         times = np.zeros(len(score), dtype=np.int64)
         times[taken] = 1
         column = pa.array(score, pa.float64(), mask=np.isnan(score))

@@ -28,5 +28,5 @@ class Random(Selector):
         limit = self.limit(rows, ctx)
         ids = limit.cost["row_id"]
         order = np.lexsort((np.arange(len(ids)), uniforms(ids, ctx.seed, self.name())))
-        taken = order[limit.take(limit.cost["cost"].to_numpy()[order])]
+        taken = limit.first(order)
         return limit.cost.take(np.sort(taken)).select(["row_id"])
