@@ -37,6 +37,11 @@ def log_as_it_was() -> Iterator[None]:
     log.setLevel(before[1])
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are processors: the tests of servers and schedules wait more than they compute."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first, so that no processor waits for the last of them."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
