@@ -68,7 +68,7 @@ def documentation() -> tuple[list[Row], list[Row]]:
     from ftpipe.data.sources.python_docs import PythonDocs
     from ftpipe.stages.base import Environment
 
-    records = list(PythonDocs(max_chars=500).records(Environment(workspace=Path(".ftpipe"), base=Path())))
+    records = list(PythonDocs(max_chars=500).records(Environment(workspace=Path(".ftpipe"), base=Path(), pipeline="selection")))
     last = {r.group: zlib.crc32(r.group.encode()) % 4 == 3 for r in records}
     return [r.raw for r in records if not last[r.group]], [r.raw for r in records if last[r.group]]
 
