@@ -1,4 +1,4 @@
-"""One Prefect server for all end-to-end tests of a worker: it takes ten seconds to start."""
+"""One Prefect server for the tests of a file: it takes ten seconds to start, and a twentieth of a processor as long as it is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return install(tmp_path_factory.mktemp("kinds"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> tuple[Api, Path]:
     """A real Prefect server, and the folder of its database."""
     home = tmp_path_factory.mktemp("prefect")

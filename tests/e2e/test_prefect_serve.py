@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.flows.browser import look
 from tests.flows.real_server import environment, free_port, ftpipe, query, serving
 from tests.stages_for_tests import CHAIN, stop, wait_for, write_pipeline
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tmp_path):
@@ -18,7 +20,7 @@ def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tm
     config = write_pipeline(tmp_path, CHAIN, name="nightly")
     env = environment(home, kinds)
     with serving(config, api, env, "--every", "12") as (process, deployment):
-        first, seconds = wait_for(lambda: api.runs(deployment, "COMPLETED"), 90, what="a finished run")
+        first, seconds = wait_for(lambda: api.runs(deployment, "COMPLETED"), 240, what="a finished run")
         print(f"first scheduled run finished after {seconds:.1f} s")
         run = first[0]
         assert run["auto_scheduled"] and run["name"].startswith("nightly ")
@@ -28,7 +30,7 @@ def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tm
         assert keys["nightly-rows"] == "table" and keys["nightly-adapter-progress"] == "progress" and keys["nightly-run"] == "markdown"
         wait_for(lambda: any("4 lines, 1 comments" in m for m in api.logs(run["id"])), 20, what="the stage's log line in Prefect")
 
-        done, _ = wait_for(lambda: len(r := api.runs(deployment, "COMPLETED")) > 1 and r, 90, what="a second run")
+        done, _ = wait_for(lambda: len(r := api.runs(deployment, "COMPLETED")) > 1 and r, 240, what="a second run")
         second = done[1]
         print(f"second run: {second['total_run_time']:.1f} s; {second['state']['message']}")
         assert second["state"]["message"] == "nothing to do: all 3 stages are up to date"
@@ -39,8 +41,7 @@ def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tm
         assert found["entrypoint"] == "flows.data_to_model.data_to_model" and found["global_concurrency_limit"]["limit"] == 1
         assert found["parameters"]["config"] == str(config) and found["parameters"]["overrides"] == {"workspace": str(tmp_path / "work")}
         assert api.runs(deployment, "SCHEDULED"), "the next runs are not listed"
-        page = httpx.get(api.url.removesuffix("/api") + "/", follow_redirects=True, headers={"accept": "text/html"})
-        assert page.status_code == 200 and "<title>Prefect" in page.text
+        in_the_browser(api.url.removesuffix("/api"), deployment, second, api.runs(deployment, "SCHEDULED")[0], tmp_path)
         process.terminate()
         assert process.wait(40) == 0
     assert not api.deployment("nightly")["schedules"][0]["active"] or api.deployment("nightly")["paused"]
@@ -50,6 +51,13 @@ def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tm
         assert [(s["active"], s["schedule"]["cron"], s["schedule"]["timezone"]) for s in found["schedules"]] == [(True, "0 3 * * *", "UTC")]
         waiting, _ = wait_for(lambda: api.runs(deployment, "SCHEDULED"), 30, what="the next run")
         assert all(r["expected_start_time"][11:16] == "03:00" for r in waiting)
+
+
+def in_the_browser(ui: str, deployment: str, run: dict, coming: dict, folder: Path) -> None:
+    """What a person sees: how the run ended and of what it consists, a table that it left, the schedule and the run that comes next."""
+    look(f"{ui}/runs/flow-run/{run['id']}", [run["name"], "Completed", "nothing to do: all 3 stages are up to date"], picture=folder / "run.png")
+    look(f"{ui}/artifacts/key/nightly-rows", ["nightly-rows", "Table"])
+    look(f"{ui}/deployments/deployment/{deployment}?tab=Upcoming", ["nightly", "Every 12 seconds", coming["name"]], picture=folder / "schedule.png")
 
 
 def _settled(api, run: str):
@@ -84,7 +92,7 @@ def test_commands_without_a_server_bring_one_each(kinds, tmp_path):
         assert process.poll() is None, log.read_text()
         ui = next(line for line in log.read_text().splitlines() if "/deployments/deployment/" in line)
         assert httpx.get(ui, headers={"accept": "text/html"}, follow_redirects=True).status_code == 200
-        wait_for(lambda: query(home, "select 1 from flow_run where state_type = 'COMPLETED' and name like 'own%'"), 90, what="a finished run")
+        wait_for(lambda: query(home, "select 1 from flow_run where state_type = 'COMPLETED' and name like 'own%'"), 240, what="a finished run")
         stop(process)
         assert process.returncode == 0, log.read_text()[-2000:]
         wait_for(lambda: not _answers(ui), 20, what="the end of the server")
