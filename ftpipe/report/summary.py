@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,11 @@ def is_forgetting(suite: str, stated: set[str] = frozenset()) -> bool:
 
 def systems(rows: list[dict[str, Any]]) -> list[str]:
     """Every system measured: base, adapter, controls in order of appearance, champion."""
-    names = list(dict.fromkeys(name for row in rows for name in row["means"]))
+    return in_order(dict.fromkeys(name for row in rows for name in row["means"]))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Systems in the order of all tables: base, adapter, whatever else there is as it comes, champion."""
     rank = {BASE: 0, ADAPTER: 1, CHAMPION: 3}
     return sorted(names, key=lambda name: rank.get(name, 2))
 

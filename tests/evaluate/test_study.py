@@ -53,7 +53,7 @@ def run(tmp_path_factory) -> FakeRun:
     for system, (arm, luck) in systems.items():
         for suite, difficulty in hard.items():
             gain = GAIN[arm] + luck if suite == "heldout_loss" else -0.1 * GAIN[arm]
-            rows += [(system, suite, "loss", f"i{i}", "s", float(d - gain + rng.normal(0, 0.02)), 1.0 + i % 4, False) for i, d in enumerate(difficulty)]
+            rows += [(system, suite, "loss", f"i{i}", "s", float(d - gain + rng.normal(0, 0.02)), 1.0 + i % 4, False, "") for i, d in enumerate(difficulty)]
 
     def write(out: Path) -> None:
         pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(zip(*rows), items_schema())], schema=items_schema()), out / "items.parquet")

@@ -54,7 +54,7 @@ def _further(run: RunData) -> list[str]:
     lead = found["primary"]
     if lead:
         for other, comparison in lead["row"]["against"].items():
-            if other in run.controls:
+            if other in run.controls and other not in run.about.get("replicates", []):
                 said.append(_control(other, comparison))
     for row in found["rows"]:
         if row["forgetting"] and BASE in row["against"]:
@@ -119,7 +119,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
     lead = found["primary"]
     if lead:
         tiles.append(_tile("Against the base model", lead["row"], lead["comparison"]))
-        control = next((name for name in lead["row"]["against"] if name in run.controls), None)
+        control = next((name for name in lead["row"]["against"] if name in run.controls and name not in run.about.get("replicates", [])), None)
         if control:
             tiles.append(_tile("Against random rows" if "random" in control else f"Against {control}", lead["row"], lead["row"]["against"][control]))
     forgot = next((r for r in found["rows"] if r["forgetting"] and BASE in r["against"]), None)

@@ -9,6 +9,7 @@ from ftpipe.report.collect import RunData
 from ftpipe.report.numbers import NONE, count, digits_for, interval, number, percent, seconds, size
 from ftpipe.report.plots.forest import forest
 from ftpipe.report.plots.pareto import pareto
+from ftpipe.report.sections.comparison import noise_words
 from ftpipe.report.summary import in_words, unit
 from ftpipe.report.text import brief
 
@@ -59,8 +60,20 @@ def _suite(study: dict[str, Any], suite: str, metric: str, name: str) -> dict[st
     first = compared[0]
     return {"suite": suite, "metric": metric, "unit": unit(metric), "n": count(first["n"]), "forgetting": suite in study["forgetting"], "lines": lines,
             "others": [BASE, *study["against"]], "direction": "higher is better" if first["higher_is_better"] else "lower is better",
-            "confidence": percent(first["confidence"], 0), "seeds_share": percent(max(c["share_of_seeds"] for c in compared), 0) if study["seeds"] > 1 else "",
+            "confidence": percent(first["confidence"], 0), "mde": _shown(compared), "noise": _noise(study, suite, metric),
+            "seeds_share": percent(max(c["share_of_seeds"] for c in compared), 0) if study["seeds"] > 1 else "",
             "forest": forest(entries, name, f"Differences in {metric} on {suite}", f"better by ({unit(metric) or metric})")}
+
+
+def _shown(compared: list[dict[str, Any]]) -> str:
+    """The smallest true differences that this sample could have shown."""
+    sizes = sorted(c["mde"] for c in compared if c.get("mde"))
+    digits = digits_for(*sizes)
+    return "" if not sizes else " to ".join(dict.fromkeys(number(v, digits) for v in (sizes[0], sizes[-1])))
+
+
+def _noise(study: dict[str, Any], suite: str, metric: str) -> str:
+    return next((noise_words(n) for n in study.get("noise", []) if (n["suite"], n["metric"]) == (suite, metric)), "")
 
 
 def _cell(c: dict[str, Any] | None, digits: int) -> dict[str, str]:
