@@ -28,12 +28,12 @@ def card(name: str, *, base: dict[str, Any], method: dict[str, Any], verdict: di
     results = [EvalResult(task_type="text-generation", dataset_type=c["suite"], dataset_name=c["suite"], metric_type=c["metric"], metric_name=c["metric"],
                           metric_value=round(c["mean_a"], 6)) for c in own]
     sets = list(dict.fromkeys(d["settings"]["path"] for d in data if d["hub"]))
-    data = ModelCardData(model_name=name, base_model=hub_id, library_name="peft" if peft else "ftpipe", pipeline_tag="text-generation",
+    head = ModelCardData(model_name=name, base_model=hub_id, library_name="peft" if peft else "ftpipe", pipeline_tag="text-generation",
                          tags=["ftpipe", *(["base_model:adapter:" + hub_id] if hub_id else []), *method], eval_results=results or None, datasets=sets or None,
                          metrics=list(dict.fromkeys(c["metric"] for c in own)) or None)
     if hub_id:
-        data.base_model_relation = "adapter"
-    return "\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *_about(base, method, quantize), "## Evaluation\n", *_results(comparisons),
+        head.base_model_relation = "adapter"
+    return "\n".join([f"---\n{head.to_yaml()}\n---\n", f"# {name}\n", *_about(base, method, quantize), "## Evaluation\n", *_results(comparisons),
                       "## Limits\n", *_limits(comparisons, about, quantize, found or {}), "## Verdict\n", *[f"* {r['text']}" for r in verdict["rules"]], "",
                       "## Data and lineage\n", *_data(data), *_lineage(lineage),
                       "Every file's SHA-256 is in `manifest.json`. `ftpipe trace` lists the rows that made this adapter, and how often each was seen.\n"])

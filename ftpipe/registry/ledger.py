@@ -142,7 +142,7 @@ def aliases(env: Environment, name: str) -> dict[str, int]:
 
 
 def history(env: Environment, name: str) -> list[dict[str, Any]]:
-    """Every line of the history, oldest first. A line that a kill cut short is passed over; the next line starts anew."""
+    """Every line of the history, oldest first. A line that a kill cut short, or that is damaged, is passed over; `problems` tells."""
     path = folder(env, name) / HISTORY
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -157,7 +157,7 @@ def _lines(lines: list[str]) -> Iterator[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and "state" in entry:
+        if isinstance(entry, dict) and entry.keys() >= {"state", "alias", "from", "to", "reason"}:
             yield entry
 
 

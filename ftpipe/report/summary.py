@@ -82,11 +82,13 @@ def in_words(comparison: dict[str, Any]) -> str:
 
 
 def forgetting_suites(evaluation: Artifact | None, verdict: Artifact | None = None) -> set[str]:
-    """Names of the suites that measure what the base model could do before: those that a rule of the gate wants `not_worse`, or `evaluation.json` names."""
+    """Names of the suites that measure what the base model could do before: those that `evaluation.json` names, or that the gate wants `not_worse` without
+    asking for a gain on them anywhere."""
     found: set[str] = set()
     if verdict:
         rules = verdict.manifest.get("material", {}).get("params", {}).get("rules") or []
-        found |= {r["suite"] for r in rules if isinstance(r, dict) and r.get("require") == "not_worse" and r.get("suite")}
+        asked = {(r["suite"], r.get("require")) for r in rules if isinstance(r, dict) and r.get("suite")}
+        found |= {suite for suite, require in asked if require == "not_worse" and (suite, "better") not in asked}
     stated = evaluation.json("evaluation.json") if evaluation and evaluation.has("evaluation.json") else {}
     named = stated.get("forgetting") if isinstance(stated, dict) else None
     return found | ({named} if isinstance(named, str) else set(named) if isinstance(named, (list, dict)) else set())

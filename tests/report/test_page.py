@@ -19,6 +19,7 @@ from ftpipe.pipeline.store import Store
 from ftpipe.report.collect import RunData
 from ftpipe.report.numbers import MINUS, NONE
 from ftpipe.report.page import SECTIONS, render
+from ftpipe.report.sections import lineage
 from ftpipe.stages.base import Environment, Listener, StageContext
 from ftpipe.stages.report import PAGE, Report
 from tests.report.fake_artifacts import HOSTILE, FakeRun, inputs_of, make_run
@@ -184,7 +185,7 @@ def test_a_diagnostic_that_the_page_does_not_know_shows_words_numbers_table_and_
     assert f"size flat (furlongs) how long it is 0.125 {MINUS}3.50 {NONE} share flat how much of it {NONE} {NONE} {MINUS}25 %" in said
     assert "seen how many 12,345" in said and "Table, 40 rows" in said and "28 more in diagnostics/stranger.parquet" in said
     assert f"flat 0.500 1,000 yes x {NONE} 2 no" in said
-    assert part.count("<svg") == 3 and "breadth flat" in part and "var(--base)" in part and "var(--adapter)" in part and "var(--c1)" in part
+    assert part.count("<svg") == 3 and "breadth flat" in part and "var(--base)" in part and "var(--adapter)" in part and "var(--c3)" in part
     assert "&lt;script&gt;alert" in diagnostic(hostile, "stranger") and "By name" in part
 
 
@@ -294,6 +295,26 @@ def test_is_quick(run, page):
     began = time.process_time()
     page_of(run)
     assert time.process_time() - began < 3
+
+
+def test_many_stages_that_stand_in_the_same_place_share_a_box(tmp_path):
+    run = FakeRun(tmp_path)
+    for name, inputs in [("a", []), *((f"t{i}", ["a"]) for i in range(5)), ("other", ["a"]), ("end", ["other", *(f"t{i}" for i in range(5))])]:
+        run.add(name, "train" if inputs == ["a"] else "evaluate", inputs, lambda out, name=name: (out / "x").write_text(name) and None, seconds=10.0)
+    few = lineage.build(RunData({"t0": run.artifacts["t0"], "t1": run.artifacts["t1"]}, roles={}))["dag"]
+    assert [b["name"] for b in few["boxes"]] == ["a", "t0", "t1"]
+    drawn = lineage.build(RunData({"end": run.artifacts["end"]}, roles={}))["dag"]
+    assert [(b["name"], "1 min 00" in b["under"]) for b in drawn["boxes"]] == [("a", False), ("6 \N{MULTIPLICATION SIGN} train", True), ("end", False)]
+    assert len(drawn["lines"]) == 2
+
+
+def test_a_suite_that_must_gain_is_not_one_that_measures_forgetting(tmp_path):
+    from ftpipe.report.summary import forgetting_suites
+
+    run = FakeRun(tmp_path)
+    rules = [{"suite": "target", "require": "better"}, {"suite": "target", "require": "not_worse", "by": "slice"}, {"suite": "guarded", "require": "not_worse"}]
+    gate = run.add("gate", "gate", [], lambda out: (out / "verdict.json").write_text("{}") and None, params={"rules": rules})
+    assert forgetting_suites(None, gate) == {"guarded"}
 
 
 def test_every_artifact_of_the_store_is_in_the_lineage(run, page):

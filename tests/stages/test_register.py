@@ -58,9 +58,11 @@ def test_a_champion_is_kept_against_a_weaker_candidate_and_known_by_the_plan(wor
 def test_the_champion_and_trainings_with_other_seeds_are_measured_beside_the_candidate(world: World, workspace: Path):
     went(world, workspace, "good")
     suites = {"controls": {"again": "forgets", "random": "worse"},
-              "evaluate": {"replicates": ["again"], "examples": 0, "diagnostics": ["slices", {"calibration": {"limit": 3}}, {"intruder_dimensions": {"top": 2}}]},
-              "gate": {"rules": [{"suite": "heldout_loss", "against": "champion"}, {"suite": "heldout_loss"}, {"suite": "heldout_loss", "by": "slice", "min_items": 2},
-                                 {"suite": "heldout_loss", "against": "controls"}], "above_noise": True}}
+              "evaluate": {"replicates": ["again"], "examples": 0,
+                           "diagnostics": ["slices", {"calibration": {"limit": 3}}, {"intruder_dimensions": {"top": 2}}]},
+              "gate": {"rules": [{"suite": "heldout_loss", "against": "champion"}, {"suite": "heldout_loss"},
+                                 {"suite": "heldout_loss", "by": "slice", "min_items": 2}, {"suite": "heldout_loss", "against": "controls"}],
+                       "above_noise": True}}
     done = run(build(config(world, workspace, "zero", **suites)))
     evaluation, verdict = done.artifacts["evaluate"], done.artifacts["gate"].json("verdict.json")
     looked = {n: {x["system"] for x in evaluation.json(f"diagnostics/{n}.json")["numbers"]} for n in ("slices", "calibration", "intruder_dimensions")}
@@ -160,7 +162,7 @@ def test_an_adapter_that_was_not_saved_as_it_was_trained_is_not_registered(world
     assert ledger.list_models(env) == [] and not list(ledger.folder(env, "demo").glob(".building*"))
 
 
-@pytest.mark.parametrize("evaluate, registers, said", [({}, {"registered_as": "other"}, "set `registered_as` and `alias` alike"),
+@pytest.mark.parametrize("evaluate, registers, said", [({}, {"registered_as": "other"}, "set `registered_as` alike"),
                                                        ({}, {"alias": "latest"}, "for itself"), ({}, {"alias": "9x"}, "pattern")])
 def test_settings_that_do_not_fit_are_found_before_anything_runs(world: World, workspace: Path, evaluate, registers, said):
     with pytest.raises(ConfigError, match=said):

@@ -25,8 +25,9 @@ def called(system: str) -> str:
 
 
 def each(told: dict[str, str]) -> str:
-    """`the base 3 %, the adapter 4 %` from what is told of each system."""
-    return ", ".join(f"{called(system)} {words}" for system, words in told.items())
+    """`the base 3 %, the adapter 4 %` from what is told of each system; the base first, the champion last."""
+    rank = {"base": 0, "adapter": 1, "champion": 3}
+    return ", ".join(f"{called(system)} {words}" for system, words in sorted(told.items(), key=lambda item: rank.get(item[0], 2)))
 
 
 def changed_matrices(evidence: Evidence) -> Iterator[tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:

@@ -76,7 +76,7 @@ class LearnsLess(Diagnostic):
             steps = {r["steps"] for r in rows if _curve(r) == arm and r["steps"] is not None}
             numbers.append(Number("durations", float(len(steps)), of=arm))
         said = [f"{called(r['system'])} ({_curve(r)}) learnt {r['learning']:+.3f} and forgot {r['forgetting']:+.3f}" for r in rows
-                if r["chosen"] and r["forgetting"] is not None]
+                if r["learning"] is not None and r["forgetting"] is not None]
         words = "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "." if said else "What was learnt or forgotten was not measured."
         return Finding(words, numbers, table(COLUMNS, [tuple(r[c] for c in COLUMNS) for r in rows]), _plots(rows))
 

@@ -78,6 +78,6 @@ def _plots(rows: list[tuple]) -> list[Dots]:
         if len(names) > 2 * ENDS:
             cut = f", the {ENDS} best and the {ENDS} worst of {len(names)}"
             names = [*names[:ENDS], *names[-ENDS:]]
-        series = {f"against {called(other)}": [value.get((other, n)) for n in names] for other in AGAINST if any(k[0] == other for k in value)}
-        found.append(Dots(f"{suite}, {metric}, by {OF[way]}{cut}", "adapter better by", [f"{n} ({sizes[n]} items)" for n in names], series, zero=True))
+        series = {other: [value.get((other, n)) for n in names] for other in AGAINST if any(k[0] == other for k in value)}
+        found.append(Dots(f"{suite}, {metric}, by {OF[way]}{cut}", "adapter better than it by", [f"{n} ({sizes[n]} items)" for n in names], series, zero=True))
     return found

@@ -18,12 +18,13 @@ def chart(plot: dict[str, Any], colours: dict[str, str], name: str) -> Markup:
 
     def paint(figure: Any, width: int) -> None:
         axes = place(figure, width, HEIGHT, left=58, right=14, top=10, bottom=44)
-        for n, series in enumerate(plot["series"]):
+        for series in plot["series"]:
             if series["guide"]:
                 axes.plot(series["x"], series["y"], color=COLOUR["faint"], linewidth=1.2, linestyle=(0, (3, 2)))
                 continue
-            axes.plot(series["x"], series["y"], color=COLOUR[colours[series["name"]]], linewidth=1.6 if series["joined"] else 0, marker=MARKS[n % len(MARKS)],
-                      markersize=5, markeredgecolor=COLOUR["surface"], markeredgewidth=0.8)
+            mark = MARKS[list(colours).index(series["name"]) % len(MARKS)]
+            axes.plot(series["x"], series["y"], color=COLOUR[colours[series["name"]]], linewidth=1.6 if series["joined"] else 0, marker=mark, markersize=5,
+                      markeredgecolor=COLOUR["surface"], markeredgewidth=0.8)
         if plot["span"]:
             low, high = plot["span"]
             pad = 0.03 * (high - low)
@@ -66,8 +67,10 @@ def dots(plot: dict[str, Any], colours: dict[str, str], name: str) -> Markup:
                 axes.text(-LEFT / (width - LEFT - 16), y, label, transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
             else:
                 axes.text(0, y - 0.2, label, transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+        step = (0.16 if wide else 0.1) if len(colours) > 1 else 0.0  # so that equal values do not hide each other
         for n, (series, role) in enumerate(colours.items()):
-            points = [(v, y + drop) for y, v in enumerate(plot["series"][series]) if v is not None]
+            aside = drop + step * (n - (len(colours) - 1) / 2)
+            points = [(v, y + aside) for y, v in enumerate(plot["series"][series]) if v is not None]
             axes.plot([v for v, _ in points], [y for _, y in points], linewidth=0, marker=MARKS[n % len(MARKS)], markersize=6, color=COLOUR[role],
                       markeredgecolor=COLOUR["surface"], markeredgewidth=1)
         axes.locator_params(axis="x", nbins=5)

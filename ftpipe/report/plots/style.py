@@ -84,7 +84,7 @@ def thousands(axis: Any) -> None:
 def roles(names: list[str], controls: list[str]) -> dict[str, str]:
     """The role of `COLOUR` for each series: a system has the same on the whole page, whatever else there is gets one of its own while they last."""
     own = {"base": "base", "adapter": "adapter", "champion": "champion"} | dict(zip(controls, ("control", "control2")))
-    free = [f"c{i}" for i in (1, 5, 3, 6, 4, 7, 0, 2)]
+    free = [f"c{i}" for i in (3, 4, 7, 6, 5, 1, 0, 2)]
     others = [n for n in names if n not in own]
     return {n: own.get(n) or free[others.index(n) % len(free)] for n in names}
 

@@ -19,7 +19,8 @@ def build(run: RunData) -> dict[str, Any] | None:
     if not found["rows"] and not found["verdict"]:
         return None
     return {"suites": [_suite(row, found["systems"], run) for row in found["rows"]], "forests": _forests(found["rows"], run),
-            "rules": [_rule(r) for r in (found["verdict"] or {}).get("rules", [])], "line": found["line"], "noise": _noise(run), "speed": _speed(run)}
+            "rules": [_rule(r) for r in (found["verdict"] or {}).get("rules", [])], "line": found["line"],
+            "noise": bool(run.about.get("noise")), "speed": _speed(run)}
 
 
 def role_name(system: str, run: RunData) -> str:
@@ -45,7 +46,8 @@ def _suite(row: dict[str, Any], systems: list[str], run: RunData) -> dict[str, A
                       "mde": number(c["mde"], digits) if c and c.get("mde") and c["words"] not in TONE else ""})
     confidence = next((c["confidence"] for c in row["against"].values() if c.get("confidence")), None)
     return {"suite": row["suite"], "metric": row["metric"], "unit": unit(row["metric"]), "n": count(row["n"]), "forgetting": row["forgetting"], "lines": lines,
-            "direction": "higher is better" if row["higher_is_better"] else "lower is better", "confidence": percent(confidence, 0) if confidence else ""}
+            "direction": "higher is better" if row["higher_is_better"] else "lower is better", "confidence": percent(confidence, 0) if confidence else "",
+            "noise": noise_words(run.about.get("noise", []), row["suite"], row["metric"])}
 
 
 def _forests(rows: list[dict[str, Any]], run: RunData) -> list[Any]:
@@ -90,16 +92,10 @@ def _asked(rule: dict[str, Any]) -> str:
     return f"{where}: {asked}, over the whole interval."
 
 
-def _noise(run: RunData) -> list[str]:
-    """How far trainings lie apart that differ in their seed alone, in sentences."""
-    return [noise_words(n) for n in run.about.get("noise", [])]
-
-
-def noise_words(noise: dict[str, Any]) -> str:
-    """A noise floor in a sentence."""
-    digits = digits_for(noise["floor"], noise["largest"])
-    return (f"{noise['suite']}: of {count(noise['runs'])} trainings, those that differ in their seed alone lie up to {number(noise['largest'], digits)} apart; "
-            f"two more such would differ by less than {number(noise['floor'], digits)} ({percent(noise['confidence'], 0)}).")
+def noise_words(noises: list[dict[str, Any]], suite: str, metric: str) -> str:
+    """The noise floor of seeds of a suite and metric, as far as one is known."""
+    n = next((n for n in noises if (n["suite"], n["metric"]) == (suite, metric)), None)
+    return "" if n is None else f"{number(n['floor'], digits_for(n['floor'], n['largest']))}, from {count(n['runs'])} trainings"
 
 
 def _speed(run: RunData) -> list[str]:
