@@ -182,8 +182,8 @@ def test_a_diagnostic_that_the_page_does_not_know_shows_words_numbers_table_and_
     part = diagnostic(page, "stranger")
     said = text_of(part)
     assert "Does the page draw what it does not know? stranger It is flat. base model adapter random (control)" in said
-    assert f"size flat (furlongs) how long it is 0.125 {MINUS}3.50 {NONE} share flat how much of it {NONE} {NONE} {MINUS}25 %" in said
-    assert "seen how many 12,345" in said and "Table, 40 rows" in said and "28 more in diagnostics/stranger.parquet" in said
+    assert f"size flat (furlongs) 0.125 {MINUS}3.50 {NONE} how long it is share flat {NONE} {NONE} {MINUS}25 % how much of it" in said
+    assert "seen 12,345 how many" in said and "Table, 40 rows" in said and "28 more in diagnostics/stranger.parquet" in said
     assert f"flat 0.500 1,000 yes x {NONE} 2 no" in said
     assert part.count("<svg") == 3 and "breadth flat" in part and "var(--base)" in part and "var(--adapter)" in part and "var(--c3)" in part
     assert "&lt;script&gt;alert" in diagnostic(hostile, "stranger") and "By name" in part
@@ -304,7 +304,7 @@ def test_many_stages_that_stand_in_the_same_place_share_a_box(tmp_path):
     few = lineage.build(RunData({"t0": run.artifacts["t0"], "t1": run.artifacts["t1"]}, roles={}))["dag"]
     assert [b["name"] for b in few["boxes"]] == ["a", "t0", "t1"]
     drawn = lineage.build(RunData({"end": run.artifacts["end"]}, roles={}))["dag"]
-    assert [(b["name"], "1 min 00" in b["under"]) for b in drawn["boxes"]] == [("a", False), ("6 \N{MULTIPLICATION SIGN} train", True), ("end", False)]
+    assert [(b["name"], "together" in b["under"]) for b in drawn["boxes"]] == [("a", False), ("6 \N{MULTIPLICATION SIGN} train", True), ("end", False)]
     assert len(drawn["lines"]) == 2
 
 
