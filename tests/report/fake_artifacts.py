@@ -320,7 +320,7 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
 
     def write(out: Path) -> None:
         table = [{"system": s, "suite": suite, "metric": "loss", "item_id": f"{suite}-{n}", "slice": slices[n], "score": float(v), "weight": 1.0,
-                  "higher_is_better": False, "source": f"python:{slices[n]}" if suite == "heldout_loss" else ""}
+                  "higher_is_better": False, "source": f"part{n % 2}.jsonl" if suite == "heldout_loss" else ""}
                  for suite, systems in suites.items() for s, values in systems.items() for n, v in enumerate(values)]
         pq.write_table(pa.Table.from_pylist(table), out / "items.parquet")
         write_json(out / "comparisons.json", [compare(suite, a, b) for suite in suites for a, b in pairs])

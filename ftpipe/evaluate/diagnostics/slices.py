@@ -34,7 +34,13 @@ class Slices(Diagnostic):
     by: list[Way] = Field(default=list(WAYS), min_length=1, description="What the items are parted by.")
 
     def diagnose(self, evidence: Evidence) -> Finding:
-        rows = [row for way in self.by for row in self._rows(evidence, way)]
+        rows, seen = [], set()
+        for way in self.by:
+            for (suite, metric), found in self._rows(evidence, way).items():
+                cut = (suite, metric, tuple(sorted(r[4:] for r in found)))
+                if cut not in seen:  # a source that is the same as a group is told once
+                    seen.add(cut)
+                    rows += found
         worse: dict[tuple[str, str], list[bool]] = {}
         for suite, metric, way, _, other, *_, difference in rows:
             worse.setdefault((other, f"{suite} {metric} by {OF[way]}"), []).append(difference < 0)
@@ -43,14 +49,14 @@ class Slices(Diagnostic):
         words = f"Parts in which the adapter does worse: {'; '.join(said)}." if said else f"No part has {self.min_items} items or more."
         return Finding(words, numbers, table(COLUMNS, sorted(rows, key=lambda r: (r[0], r[1], r[2], r[8], *r[3:5]))), _plots(rows))
 
-    def _rows(self, evidence: Evidence, way: Way) -> list[tuple]:
-        """Rows of the table for one way to part the items; suites in which there are not two parts are left out."""
+    def _rows(self, evidence: Evidence, way: Way) -> dict[tuple[str, str], list[tuple]]:
+        """Rows of the table for one way to part the items, by suite and metric; suites in which there are not two parts are left out."""
         items = evidence.items
         told: dict[tuple[str, str, str], dict[str, tuple[str, float, float, bool]]] = {}
         for r, part in zip(items.to_pylist(), parts(items, way)):
             if part and r["weight"] > 0 and r["system"] in ("adapter", *AGAINST):
                 told.setdefault((r["suite"], r["metric"], r["system"]), {})[r["item_id"]] = (part, r["score"], r["weight"], r["higher_is_better"])
-        found = []
+        found: dict[tuple[str, str], list[tuple]] = {}
         for (suite, metric, other), theirs in told.items():
             mine = told.get((suite, metric, "adapter"), {})
             both = [(theirs[i], mine[i]) for i in theirs if i in mine] if other in AGAINST else []
@@ -61,7 +67,8 @@ class Slices(Diagnostic):
             for part in in_order(set(kept), way) if len(kept) > 1 else []:
                 total = sum(w for _, _, w, _ in kept[part])
                 before, after = (sum(e[k] * e[2] for e in kept[part]) / total for k in (0, 1))
-                found.append((suite, metric, way, part, other, len(kept[part]), before, after, after - before if kept[part][0][3] else before - after))
+                found.setdefault((suite, metric), []).append((suite, metric, way, part, other, len(kept[part]), before, after,
+                                                              after - before if kept[part][0][3] else before - after))
         return found
 
 
@@ -79,5 +86,6 @@ def _plots(rows: list[tuple]) -> list[Dots]:
             cut = f", the {ENDS} best and the {ENDS} worst of {len(names)}"
             names = [*names[:ENDS], *names[-ENDS:]]
         series = {other: [value.get((other, n)) for n in names] for other in AGAINST if any(k[0] == other for k in value)}
-        found.append(Dots(f"{suite}, {metric}, by {OF[way]}{cut}", "adapter better than it by", [f"{n} ({sizes[n]} items)" for n in names], series, zero=True))
+        unit = f"adapter better than {called(*series)} by" if len(series) == 1 else "adapter better than each by"
+        found.append(Dots(f"{suite}, {metric}, by {OF[way]}{cut}", unit, [f"{n} ({sizes[n]} items)" for n in names], series, zero=True))
     return found
