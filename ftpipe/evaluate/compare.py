@@ -67,10 +67,10 @@ def comparisons(table: pa.Table, systems: Sequence[str], *, confidence: float, r
 
 def part_comparisons(table: pa.Table, suite: str, metric: str, a: str, b: str, way: Way, **how: Any) -> dict[str, dict[str, Any]]:
     """The comparison of a with b on each part of a suite's items (`slicing.parts`), by the part's name. `how`: as for `comparisons`."""
-    import pyarrow as pa_
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    mine = table.append_column("part", pa_.array(parts(table, way), pa_.string()))
+    mine = table.append_column("part", pa.array(parts(table, way), pa.string()))
     mine = mine.filter(pc.and_(pc.equal(mine["suite"], suite), pc.equal(mine["metric"], metric)))
     found = {}
     for part in in_order({p for p in mine["part"].to_pylist() if p}, way):

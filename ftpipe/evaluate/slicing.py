@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Way = Literal["slice", "source", "length"]
+LOSS = "loss"
 WAYS: tuple[Way, ...] = ("slice", "source", "length")
 OF = {"slice": "group", "source": "source", "length": "length in tokens"}
 """What the parts are, in words."""
@@ -17,16 +18,13 @@ def parts(items: pa.Table, way: Way) -> list[str]:
     """For each row of `items.parquet` the part it belongs to, empty where it belongs to none.
 
     `slice`: the item's own (a row's group, a task of a group of tasks). `source`: the file or source its row was read from. `length`: the number of trained
-    tokens, which is the weight of a loss, from one power of two to the next; items of a metric that weighs all alike have none.
+    tokens, which is the weight of a loss, from one power of two to the next; items of other metrics have none.
     """
     if way == "source":
         return [s or "" for s in items["source"].to_pylist()] if "source" in items.column_names else [""] * items.num_rows
     if way == "slice":
         return items["slice"].to_pylist()
-    keys = list(zip(items["suite"].to_pylist(), items["metric"].to_pylist()))
-    weights = items["weight"].to_pylist()
-    counted = {key for key, weight in zip(keys, weights) if weight != 1}
-    return [length_part(weight) if key in counted else "" for key, weight in zip(keys, weights)]
+    return [length_part(weight) if metric == LOSS else "" for metric, weight in zip(items["metric"].to_pylist(), items["weight"].to_pylist())]
 
 
 def length_part(tokens: float) -> str:

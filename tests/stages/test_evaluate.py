@@ -150,7 +150,10 @@ def test_what_was_scored_before_a_crash_is_not_scored_again(world: World, worksp
 
 
 def test_examples_are_answered_by_base_and_candidate(world: World, workspace: Path):
-    examples = pq.read_table(evaluated(world, workspace, "good").file("examples.parquet")).to_pylist()
+    artifact = evaluated(world, workspace, "good")
+    examples = pq.read_table(artifact.file("examples.parquet")).to_pylist()
+    speed = artifact.manifest["notes"]["generation"]
+    assert set(speed) == {"base", "adapter"} and all(0 < s["tokens"] <= 2 * 8 and s["tokens_per_second"] > 0 for s in speed.values())
     assert [e["system"] for e in examples] == ["base", "adapter"] * 2
     assert examples[0]["item_id"] == examples[1]["item_id"] and examples[0]["prompt"].startswith("code ") and examples[0]["reference"].endswith("ok")
 
