@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,9 @@ def answer(system: System, questions: Sequence[dict[str, Any]], cache: Path, max
         fresh = content not in known
         if fresh:
             prompt = system.service.renderer.prompt(question["messages"])
-            generated, = system.service.generate([prompt], max_new_tokens=max_new_tokens, batch_size=1)
+            service, began = system.service, time.perf_counter()
+            generated, = service.generate([prompt], max_new_tokens=max_new_tokens, batch_size=1)
+            system.generated(len(generated.ids), time.perf_counter() - began)
             known[content] = generated.text + ("" if generated.finished else " …")
             kept.add(content, known[content])
         on_item(fresh)

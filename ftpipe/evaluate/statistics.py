@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BATCH_ELEMENTS = 2**22
 """Resampled numbers held at once (32 MiB of float64), whatever the number of items."""
+POWER = 0.8
+"""Chance of being found that a difference must have to count as one that a sample could have shown."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class ArmComparison:
     """Arm a against arm b, each trained with the same `seeds` seeds and scored on the same `n` items.
 
     mean_a, mean_b: weighted means over items and seeds. difference, low, high: `a - b`, turned so that more is better for a. by_seed: that
-    difference for each seed. error: its standard error, with the share of its square that comes from the seeds.
+    difference for each seed. error: its standard error, with the share of its square that comes from the seeds. mde: the smallest true difference that
+    this test would find with 80 % power, given how items and seeds scatter.
     """
 
     n: int
@@ -96,6 +99,7 @@ class ArmComparison:
     high: float
     by_seed: list[float]
     error: float
+    mde: float
     share_of_seeds: float
     higher_is_better: bool
 
@@ -142,14 +146,15 @@ def compare_arms(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], wei
     of_items = (residual[used] ** 2).sum() * n / (n - 1) / w.sum() ** 2
     of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     total = of_items + of_seeds
-    half = 0.0
+    half = mde = 0.0
     if total > 0:
         freedom = total**2 / (of_items**2 / (n - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0))
         half = float(t.ppf((1 + confidence) / 2, freedom) * total**0.5)
+        mde = half + float(t.ppf(POWER, freedom) * total**0.5)
     difference = float(by_seed.mean())
     return ArmComparison(n=n, seeds=seeds, mean_a=weighted_mean(a.mean(0), w), mean_b=weighted_mean(b.mean(0), w), difference=difference,
                          low=difference - half, high=difference + half, by_seed=[float(x) for x in by_seed], error=float(total**0.5),
-                         share_of_seeds=float(of_seeds / total) if total else 0.0, higher_is_better=higher_is_better)
+                         mde=mde, share_of_seeds=float(of_seeds / total) if total else 0.0, higher_is_better=higher_is_better)
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
@@ -189,7 +194,7 @@ def interval(d: Sequence[float], weights: Sequence[float], *, groups: Sequence[s
 
 
 def minimum_detectable(d: Sequence[float], weights: Sequence[float], *, groups: Sequence[str] | None = None, confidence: float = 0.95,
-                       power: float = 0.8) -> float:
+                       power: float = POWER) -> float:
     """The smallest true difference that a two-sided test at `confidence` finds with probability `power`, from the scatter of `d`.
 
     `(z_{1-alpha/2} + z_power) * se`, where se is the linearised standard error of a ratio of sums (Cochran 1977, "Sampling Techniques", ch. 6).
@@ -204,6 +209,42 @@ def minimum_detectable(d: Sequence[float], weights: Sequence[float], *, groups: 
     residual = wd - w * (wd.sum() / w.sum())
     error = np.sqrt((residual**2).sum() * wd.size / (wd.size - 1)) / w.sum()
     return float((norm.ppf((1 + confidence) / 2) + norm.ppf(power)) * error)
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far trainings lie apart that differ in their seed alone, on the same items, in the metric's unit.
+
+    runs: how many there were. deviation: standard deviation of a run's mean. largest: the largest difference between two runs of one kind. floor: what the
+    difference between two such runs stays below with probability `confidence`; a gain below it could be a seed's luck.
+    """
+
+    runs: int
+    deviation: float
+    largest: float
+    floor: float
+    confidence: float
+
+
+def noise_floor(runs: Sequence[Sequence[float]], *, confidence: float = 0.95) -> NoiseFloor:
+    """The noise floor from the means of trainings, those of one kind (all but the seed alike) in one list.
+
+    s is the deviation within kinds, pooled over them, with v degrees of freedom (runs less kinds). The difference of two further runs of a kind has the
+    standard deviation sqrt(2) s, so the floor is t_{(1+confidence)/2, v} sqrt(2) s, with Student's t because few runs say little of s: at 95 %
+    the factor t is 12.7 for one pair of runs, 4.3 for three runs of one kind, 2 for many. Assumes that runs' means are normally distributed.
+
+    Raises ValueError where no kind has two runs, or for a number that is not finite.
+    """
+    import numpy as np
+    from scipy.stats import t
+
+    kinds = [np.asarray(kind, np.float64) for kind in runs]
+    freedom = sum(k.size - 1 for k in kinds)
+    if freedom < 1 or not all(k.size and np.isfinite(k).all() for k in kinds):
+        raise ValueError(f"a noise floor needs the finite means of two runs or more of one kind, got {[list(k) for k in runs]}")
+    deviation = float((sum(((k - k.mean()) ** 2).sum() for k in kinds) / freedom) ** 0.5)
+    return NoiseFloor(runs=sum(k.size for k in kinds), deviation=deviation, largest=float(max(np.ptp(k) for k in kinds)), confidence=confidence,
+                      floor=float(t.ppf((1 + confidence) / 2, freedom) * 2**0.5 * deviation))
 
 
 def no_difference(d: Sequence[float], weights: Sequence[float], *, groups: Sequence[str] | None = None) -> float | None:

@@ -19,18 +19,19 @@ def results(evaluation: Artifact, arms: dict[str, list[Artifact]], against: Sequ
     Returns:
         `means`: {suite, metric, higher_is_better, arm, mean, by_seed} for the base and each arm. `comparisons`: {suite, metric, a, b} and the fields of
         `statistics.ArmComparison` with `better` and `worse`: each arm against the base and against those in `against`. `forgetting`: suites that ask
-        for what should not have changed. `arms`: their steps, tokens and trained parameters (these do not differ from run to run).
+        for what should not have changed. `arms`: their steps, tokens and trained parameters (these do not differ from run to run). `noise`,
+        where there are two seeds or more: {suite, metric} and the fields of `statistics.NoiseFloor`, over all arms.
 
     Raises:
         ArtifactError: if the evaluation lacks one of the adapters.
     """
-    from ftpipe.evaluate.statistics import compare_arms, weighted_mean
+    from ftpipe.evaluate.statistics import compare_arms, noise_floor, weighted_mean
 
     about = evaluation.json("evaluation.json")
     systems = {arm: [_system(about, artifact, evaluation) for artifact in made] for arm, made in arms.items()}
     seeds = len(next(iter(arms.values())))
     systems = {BASE: [BASE] * seeds, **systems}
-    means, compared = [], []
+    means, compared, noise = [], [], []
     for (suite, metric), (scores, weights, higher) in _scores(evaluation).items():
         ids = sorted(set.intersection(*(set(scores.get(s, {})) for names in systems.values() for s in names)))
         w = [weights[i] for i in ids]
@@ -41,12 +42,15 @@ def results(evaluation: Artifact, arms: dict[str, list[Artifact]], against: Sequ
             by_seed = [_mean(row, w, weighted_mean) for row in values]
             means.append({"suite": suite, "metric": metric, "higher_is_better": higher, "arm": arm, "n": len(ids), "mean": sum(by_seed) / len(by_seed),
                           "by_seed": by_seed})
+        if seeds > 1:
+            by_arm = [m["by_seed"] for m in means if (m["suite"], m["metric"]) == (suite, metric) and m["arm"] != BASE]
+            noise.append({"suite": suite, "metric": metric} | asdict(noise_floor(by_arm, confidence=confidence)))
         for arm in arms:
             for other in (BASE, *(b for b in against if b != arm)):
                 c = compare_arms(of[arm], of[other], w, higher_is_better=higher, confidence=confidence)
                 compared.append({"suite": suite, "metric": metric, "a": arm, "b": other, "confidence": confidence, "better": c.better, "worse": c.worse}
                                 | asdict(c))
-    return {"means": means, "comparisons": compared, "forgetting": about["forgetting"], "seeds": seeds, "against": list(against),
+    return {"means": means, "comparisons": compared, "noise": noise, "forgetting": about["forgetting"], "seeds": seeds, "against": list(against),
             "arms": {arm: _trained(made) for arm, made in arms.items()}}
 
 

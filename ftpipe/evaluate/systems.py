@@ -54,7 +54,11 @@ class System:
         try:
             yield from asked.each(conversations, **settings)
         finally:
-            self.tokens, self.seconds = self.tokens + asked.tokens, self.seconds + asked.seconds
+            self.generated(asked.tokens, asked.seconds)
+
+    def generated(self, tokens: int, seconds: float) -> None:
+        """Count what was generated, for the speed."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
 
     def close(self) -> None:
         """Let go of the model's memory."""

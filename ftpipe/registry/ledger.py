@@ -7,10 +7,14 @@
 MLflow gives out the version numbers and holds the aliases; the ledger mirrors them and holds what MLflow has no place for: which champion
 each candidate had to beat, who moved an alias, and why. A move is written here as `moving` before MLflow is told and as `moved` after it,
 so that a killed run leaves a trace that the next one can finish.
+
+Both files are hashed: `versions.json` holds the SHA-256 of its versions, and each line of the history ends in the SHA-256 of all bytes of the file before
+that hash, so that the last line speaks for the whole file (`problems`). The hashes find damage; they are no signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +32,10 @@ from ftpipe.stages.base import Environment
 VERSIONS = "versions.json"
 HISTORY = "history.jsonl"
 CHAMPION = "champion"
+PREVIOUS, CHALLENGER = "previous", "challenger"
 ADAPTER = "adapter/"
+SEAL = re.compile(rb', "sha256": "([0-9a-f]{64})"}\Z')
+"""How a line of the history ends."""
 
 
 def root(env: Environment) -> Path:
@@ -135,10 +142,10 @@ def aliases(env: Environment, name: str) -> dict[str, int]:
 
 
 def history(env: Environment, name: str) -> list[dict[str, Any]]:
-    """Every line of the history, oldest first. A line that a kill cut short is passed over; the next line starts anew."""
+    """Every line of the history, oldest first. A line that a kill cut short, or that is damaged, is passed over; `problems` tells."""
     path = folder(env, name) / HISTORY
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     return list(_lines(lines))
@@ -150,7 +157,7 @@ def _lines(lines: list[str]) -> Iterator[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and "state" in entry:
+        if isinstance(entry, dict) and entry.keys() >= {"state", "alias", "from", "to", "reason"}:
             yield entry
 
 
@@ -162,12 +169,14 @@ def append(env: Environment, name: str, entry: dict[str, Any]) -> None:
     """Add one line to the history, durably, in one write. The caller holds `lock`."""
     path = folder(env, name) / HISTORY
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(entry | {"when": datetime.now(UTC).isoformat(timespec="milliseconds")}, sort_keys=True, ensure_ascii=False) + "\n"
+    said = {k: v for k, v in entry.items() if k != "sha256"} | {"when": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    line = json.dumps(said, sort_keys=True, ensure_ascii=False).encode()[:-1]
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, (("\n" if torn else "") + line).encode())
+        before = path.read_bytes()
+        start = b"\n" if before and not before.endswith(b"\n") else b""  # a kill cut the last line short
+        seal = hashlib.sha256(before + start + line).hexdigest()
+        os.write(descriptor, start + line + f', "sha256": "{seal}"}}\n'.encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -191,10 +200,38 @@ def write_versions(env: Environment, name: str, versions: list[dict[str, Any]]) 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as f:
-        json.dump({"name": name, "versions": sorted(versions, key=lambda v: v["version"])}, f, indent=1, sort_keys=True, ensure_ascii=False)
+        f.write(_written(name, sorted(versions, key=lambda v: v["version"])))
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
+
+
+def _written(name: str, versions: list[dict[str, Any]]) -> str:
+    """The text of `versions.json`."""
+    return json.dumps({"name": name, "sha256": digest([name, versions]), "versions": versions}, indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def problems(env: Environment, name: str) -> list[str]:
+    """What is wrong with a model's ledger, as sentences: bytes of `versions.json` or of the history that are not what was written."""
+    found = []
+    path = folder(env, name) / VERSIONS
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text == _written(name, json.loads(text)["versions"])
+    except FileNotFoundError:
+        whole = True
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        found.append(f"{VERSIONS} is not what was written (its SHA-256 differs); delete it, and the next registration writes it anew from MLflow")
+    data = (folder(env, name) / HISTORY).read_bytes() if (folder(env, name) / HISTORY).exists() else b""
+    if data and not data.endswith(b"\n"):
+        found.append(f"the last line of {HISTORY} is cut short, by a kill or by damage")
+    elif data:
+        seal = SEAL.search(data[:-1])
+        if seal is None or hashlib.sha256(data[: seal.start()]).hexdigest() != seal[1].decode():
+            found.append(f"{HISTORY} is not what was written (its SHA-256 differs)")
+    return found
 
 
 @contextmanager

@@ -36,13 +36,14 @@ class Registration:
 
 
 def register(env: Environment, name: str, built: versions.Built, *, base: dict[str, Any], stages: dict[str, str], alias: str | None = ledger.CHAMPION,
-             beat: str | None = None, run: str = "", description: str = "") -> Registration:
+             beat: str | None = None, against: str | None = None, run: str = "", description: str = "") -> Registration:
     """Make a built folder a version and point `alias` at it.
 
-    The same adapter is never registered twice: its version is found again. The alias moves only if it points at the version whose content
-    is `beat` (None: at nothing), or at this adapter already; else the version is created and the result says why the alias stayed.
+    The same adapter is never registered twice: its version is found again. The alias moves only if the alias `against` points at the version whose content
+    is `beat` (None: at nothing), or `alias` at this adapter already; else the version is created and the result says why the alias stayed.
 
     Args:
+        against: alias of the version that the candidate was compared with, if that is not `alias` itself (a challenger is compared with the champion).
         beat: content of the champion that the candidate was compared with and beat.
         stages: keys of the stages that led here, by name; they become tags.
         run: what registered it, for the history.
@@ -65,7 +66,7 @@ def register(env: Environment, name: str, built: versions.Built, *, base: dict[s
             reconcile(env, name, mlflow)
         if alias is None:
             return Registration(version, created, False, None, "no alias was asked for")
-        return _promote(env, mlflow, name, alias, version, beat, created, run)
+        return _promote(env, mlflow, name, alias, against or alias, version, beat, created, run)
 
 
 def _create(env: Environment, mlflow: MlflowClient, name: str, folder: Any, tags: dict[str, str], description: str, run: str) -> None:
@@ -79,14 +80,18 @@ def _create(env: Environment, mlflow: MlflowClient, name: str, folder: Any, tags
     server.call(create)
 
 
-def _promote(env: Environment, mlflow: MlflowClient, name: str, alias: str, version: int, beat: str | None, created: bool, run: str) -> Registration:
-    current = ledger.champion(env, name, alias)
-    before = current["version"] if current else None
+def _promote(env: Environment, mlflow: MlflowClient, name: str, alias: str, against: str, version: int, beat: str | None, created: bool,
+             run: str) -> Registration:
+    before = ledger.aliases(env, name).get(alias)
     if before == version:
-        return Registration(version, created, True, _previous(env, name, alias), "it is the champion already")
-    if (current["content"] if current else None) != beat:
+        return Registration(version, created, True, _previous(env, name, alias), f"it is the {alias} already")
+    holder = ledger.champion(env, name, against)
+    if holder and holder["version"] == version:
+        return Registration(version, created, False, before, f"it is the {against} already")
+    if (holder["content"] if holder else None) != beat:
         compared = next((v["version"] for v in ledger.read_versions(env, name) if v["content"] == beat), "another") if beat else None
-        reason = f"{alias} points at {_words(before)} by now, the candidate was compared with {_words(compared)}; run the pipeline again"
+        found = _words(holder["version"] if holder else None)
+        reason = f"{against} points at {found} by now, the candidate was compared with {_words(compared)}; run the pipeline again"
         return Registration(version, created, False, before, reason)
     _move(env, mlflow, name, alias, before, version, run=run, beat=beat)
     return Registration(version, created, True, before, "it passed the gate")
@@ -98,7 +103,17 @@ def _previous(env: Environment, name: str, alias: str) -> int | None:
 
 
 def _move(env: Environment, mlflow: MlflowClient, name: str, alias: str, before: int | None, to: int | None, **said: Any) -> None:
-    """Move an alias, in the ledger and in MLflow. The caller holds the lock and has compared."""
+    """Move an alias, in the ledger and in MLflow. The caller holds the lock and has compared.
+
+    With the champion two others move, before it, so that a kill in between leaves nothing that the next try does not find: `previous` to where the champion
+    points now, and `challenger`, if the challenger becomes champion, to nothing.
+    """
+    if alias == ledger.CHAMPION:
+        pointing = ledger.aliases(env, name)
+        if before is not None and pointing.get(ledger.PREVIOUS) != before:
+            _move(env, mlflow, name, ledger.PREVIOUS, pointing.get(ledger.PREVIOUS), before, reason="the champion moves on", run=said.get("run", ""))
+        if to is not None and pointing.get(ledger.CHALLENGER) == to:
+            _move(env, mlflow, name, ledger.CHALLENGER, to, None, reason="it becomes the champion", run=said.get("run", ""))
     entry = {"alias": alias, "from": before, "to": to, "who": _who(), "run": "", "forced": False, "reason": "", "beat": None} | said
     ledger.append(env, name, entry | {"state": "moving"})
     if to is None:

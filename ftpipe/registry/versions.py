@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftpipe.artifacts import Artifact
 from ftpipe.canonical import file_digest
-from ftpipe.errors import ArtifactError
+from ftpipe.errors import ArtifactError, ConfigError
 from ftpipe.registry import ledger
 from ftpipe.stages.base import Environment
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
+TRAINING = "train.json"
 EVIDENCE = "evidence"
 """Subfolder of a version with what is not the adapter itself, so that the top level can be handed to PEFT or pushed to the hub as it is."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
@@ -41,7 +42,7 @@ def build(env: Environment, name: str, adapter: Artifact, card: str, facts: dict
     """Write a version's files beside the registry: the adapter, its card, what it rests on, and a manifest with the hash of each.
 
     Args:
-        adapter: artifact with `adapter/`, and perhaps `probe.safetensors`.
+        adapter: artifact with `adapter/`, and perhaps `probe.safetensors` and `train.json`.
         card: text of README.md.
         facts: JSON for the manifest (base, lineage, verdict).
         extra: further files for `evidence/`, by the name they get there.
@@ -52,8 +53,7 @@ def build(env: Environment, name: str, adapter: Artifact, card: str, facts: dict
     try:
         shutil.copytree(adapter.file(ledger.ADAPTER.rstrip("/")), target, dirs_exist_ok=True)
         copies = dict(extra or {})
-        if adapter.has(PROBE):
-            copies[PROBE] = adapter.file(PROBE)
+        copies |= {file: adapter.file(file) for file in (PROBE, TRAINING) if adapter.has(file)}
         (target / EVIDENCE).mkdir()
         for file, source in copies.items():
             shutil.copyfile(source, target / EVIDENCE / file)
@@ -129,9 +129,26 @@ def problems(folder: Path, manifest_sha: str | None, content: str | None) -> lis
 
 
 def verify(env: Environment, name: str, version: int | str) -> list[str]:
-    """What is wrong with a registered version's files, as sentences; empty if every byte is what was registered."""
-    entry = ledger.find(env, name, version)
-    return problems(ledger.folder(env, name) / entry["content"], entry["manifest"], entry["content"])
+    """What is wrong with a registered version, as sentences; empty if every byte is what was registered.
+
+    Hashed again are the version's files, and the ledger that says which they are and how aliases moved.
+    """
+    found = ledger.problems(env, name)
+    if any(problem.startswith(ledger.VERSIONS) for problem in found):
+        return found  # it would say which files to look at
+    try:
+        entry = ledger.find(env, name, version)
+    except ConfigError:
+        if found:  # the damaged history does not know the alias any more
+            return found
+        raise
+    return found + problems(ledger.folder(env, name) / entry["content"], entry["manifest"], entry["content"])
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """`train.json` of the training that made a version's adapter, from its evidence; empty if nothing is known of one."""
+    path = folder / EVIDENCE / TRAINING
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def load_version(env: Environment, name: str, version: int | str) -> Path:

@@ -48,6 +48,11 @@ class RunData:
         return summary(self.evaluation, self.verdict, self.registration)
 
     @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the evaluation says of itself: `evaluation.json`."""
+        return self.evaluation.json("evaluation.json") if self.evaluation and self.evaluation.has("evaluation.json") else {}
+
+    @cached_property
     def path(self) -> list[Artifact]:
         """The stages that the adapter's rows came through, ingest first."""
         return rows_of(self.adapter) if self.adapter else self._longest()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftpipe import __version__
 from ftpipe.report.collect import RunData
-from ftpipe.report.sections import audit, comparison, data, examples, headline, lineage, rows, scores, study, training
+from ftpipe.report.sections import audit, comparison, data, diagnostics, examples, headline, lineage, rows, scores, study, training
 from ftpipe.report.text import breakable, brief, whole
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -15,6 +15,7 @@ SECTIONS = (
     ("study", "Study", "Side by side", study.build),
     ("data", "Data", "What the rows are like", data.build),
     ("comparison", "Comparison", "Is it better?", comparison.build),
+    ("diagnostics", "Diagnostics", "What else was looked at", diagnostics.build),
     ("funnel", "Rows", "What became of the rows", rows.build),
     ("scores", "Scores", "How the rows scored", scores.build),
     ("training", "Training", "Training", training.build),

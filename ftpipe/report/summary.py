@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,13 @@ def in_words(comparison: dict[str, Any]) -> str:
 
 
 def forgetting_suites(evaluation: Artifact | None, verdict: Artifact | None = None) -> set[str]:
-    """Names of the suites that measure what the base model could do before: those that a rule of the gate wants `not_worse`, or `evaluation.json` names."""
+    """Names of the suites that measure what the base model could do before: those that `evaluation.json` names, or that the gate wants `not_worse` without
+    asking for a gain on them anywhere."""
     found: set[str] = set()
     if verdict:
         rules = verdict.manifest.get("material", {}).get("params", {}).get("rules") or []
-        found |= {r["suite"] for r in rules if isinstance(r, dict) and r.get("require") == "not_worse" and r.get("suite")}
+        asked = {(r["suite"], r.get("require")) for r in rules if isinstance(r, dict) and r.get("suite")}
+        found |= {suite for suite, require in asked if require == "not_worse" and (suite, "better") not in asked}
     stated = evaluation.json("evaluation.json") if evaluation and evaluation.has("evaluation.json") else {}
     named = stated.get("forgetting") if isinstance(stated, dict) else None
     return found | ({named} if isinstance(named, str) else set(named) if isinstance(named, (list, dict)) else set())
@@ -97,7 +100,11 @@ def is_forgetting(suite: str, stated: set[str] = frozenset()) -> bool:
 
 def systems(rows: list[dict[str, Any]]) -> list[str]:
     """Every system measured: base, adapter, controls in order of appearance, champion."""
-    names = list(dict.fromkeys(name for row in rows for name in row["means"]))
+    return in_order(dict.fromkeys(name for row in rows for name in row["means"]))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Systems in the order of all tables: base, adapter, whatever else there is as it comes, champion."""
     rank = {BASE: 0, ADAPTER: 1, CHAMPION: 3}
     return sorted(names, key=lambda name: rank.get(name, 2))
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftpipe.artifacts import Artifact
 from ftpipe.errors import ConfigError, DataError
@@ -19,6 +19,7 @@ from ftpipe.slots import choose
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 
 if TYPE_CHECKING:
+    from ftpipe.evaluate.diagnostics.base import Tuned
     from ftpipe.evaluate.systems import System
 
 RESERVED = ("base", "adapter", "champion")
@@ -39,6 +40,7 @@ class Evaluate(Stage):
     rows: Ref = Field(description="Stage whose held-out rows are asked.")
     candidate: Ref = Field(description="Stage that makes the adapter to be judged.")
     controls: dict[str, Ref] = Field(default={}, description="Further adapters to compare with, by their name in the tables: {random: random_adapter}.")
+    replicates: list[str] = Field(default=[], description="Controls that were trained as the candidate was, but for the seed: they show the noise floor.")
     model: str = Field(default="", description="Base model; the pipeline's by default.")
     seed: int | None = Field(default=None, description="Seed of the resampling and of the choice of examples; the pipeline's by default.")
     suites: list[choose("evaluate/suites")] = Field(default=[HeldoutLoss(), GeneralText()], min_length=1, description="What the systems are asked.")
@@ -61,6 +63,13 @@ class Evaluate(Stage):
             if name in RESERVED:
                 raise ValueError(f"a control cannot be called {name!r}; {', '.join(RESERVED)} are taken")
         return value
+
+    @model_validator(mode="after")
+    def _repeated(self) -> Evaluate:
+        for name in self.replicates:
+            if name not in self.controls or self.replicates.count(name) > 1:
+                raise ValueError(f"`replicates` names {name!r}, which is {'named twice' if name in self.controls else 'no control'}")
+        return self
 
     @field_validator("suites")
     @classmethod
@@ -105,25 +114,28 @@ class Evaluate(Stage):
         return champion_to_beat(env, self._name(env), adapter_content(candidate), self.alias) if self.champion else None
 
     def run(self, ctx: StageContext) -> None:
-        from ftpipe.evaluate.compare import comparisons, items_table, write_items
+        from ftpipe.evaluate.compare import comparisons, items_table, noise_floors, write_items
         from ftpipe.evaluate.examples import write_examples
 
         beaten = self._champion(ctx.env, ctx.inputs[self.candidate])
-        systems = self._systems(ctx, beaten)
+        adapters = self._adapters(ctx, beaten)
+        systems = self._systems(ctx, beaten, adapters)
         found, examples = self._ask(ctx, systems)
         table = items_table(found)
         write_items(table, ctx.out / "items.parquet")
-        compared = comparisons(table, [s.name for s in systems], confidence=self.confidence, resamples=self.resamples, seed=self.seed or 0,
-                               method=self.interval, by_slice=self.resample == "slices")
+        how = {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed or 0, "method": self.interval,
+               "by_slice": self.resample == "slices"}
+        compared = comparisons(table, [s.name for s in systems], **how)
         if not compared:
             raise DataError("no item could be scored under any suite", where=ctx.name, remedy="look at the held-out rows: do they have answers?")
         _write(ctx.out / "comparisons.json", compared)
         write_examples(examples, ctx.out / "examples.parquet")
-        adapters = {"adapter": ctx.inputs[self.candidate], **{name: ctx.inputs[ref] for name, ref in self.controls.items()}}
+        noise = noise_floors(table, ["adapter", *self.replicates], confidence=self.confidence) if self.replicates else []
         _write(ctx.out / "evaluation.json", {
             "candidate": {"stage": self.candidate, "content": adapter_content(ctx.inputs[self.candidate])},
             "systems": {s.name: s.identity for s in systems}, "champion": beaten and {k: beaten[k] for k in ("name", "alias", "version", "content")},
-            "registered_as": self._name(ctx.env), "suites": {label: s.dump() for s in self.suites for label in s.labels()},
+            "registered_as": self._name(ctx.env), "alias": self.alias, "suites": {label: s.dump() for s in self.suites for label in s.labels()},
+            "statistics": how, "replicates": self.replicates, "noise": noise,
             "forgetting": [label for s in self.suites if s.forgetting for label in s.labels()],
             "diagnostics": self._diagnose(ctx, table, compared, adapters)})
         for c in compared:
@@ -131,12 +143,26 @@ class Evaluate(Stage):
                 ctx.log.info("%s %s: adapter %.4f, %s %.4f, better by %+.4f (%s to %s), %d items", c["suite"], c["metric"], c["mean_a"], c["b"], c["mean_b"],
                              c["difference"], *("unbounded" if c[e] is None else f"{c[e]:+.4f}" for e in ("low", "high")), c["n"])
 
-    def _systems(self, ctx: StageContext, beaten: dict[str, Any] | None) -> list[System]:
+    def _adapters(self, ctx: StageContext, beaten: dict[str, Any] | None) -> dict[str, Tuned]:
+        """The candidate, the controls and the champion."""
+        from ftpipe.evaluate.diagnostics.base import Tuned
+        from ftpipe.registry.versions import load_version, training_of
+
+        found = {}
+        for name, ref in {"adapter": self.candidate, **self.controls}.items():
+            artifact = ctx.inputs[ref]
+            found[name] = Tuned(artifact.file("adapter"), artifact.json("train.json") if artifact.has("train.json") else {})
+        if beaten is not None:
+            folder = load_version(ctx.env, beaten["name"], beaten["version"])
+            found["champion"] = Tuned(folder, training_of(folder))
+            ctx.log.info("the champion to beat is version %d of %s", beaten["version"], beaten["name"])
+        return found
+
+    def _systems(self, ctx: StageContext, beaten: dict[str, Any] | None, adapters: dict[str, Tuned]) -> list[System]:
         """The base first, then the candidate, the controls and the champion."""
         from ftpipe.evaluate.systems import System
         from ftpipe.models.loading import default_device, identity
         from ftpipe.models.service import ModelService
-        from ftpipe.registry.versions import load_version
 
         base = {k: v for k, v in identity(self.model, ctx.env).items() if k != "model"}
         same = {"base": base, "dtype": self.dtype, "device": default_device()}
@@ -145,15 +171,10 @@ class Evaluate(Stage):
             return System(name, same | {"adapter": content},
                           lambda: ModelService.open(self.model, ctx.env, adapter=folder, dtype=self.dtype), ctx.env.cache / "generations")
 
-        made = [system("base", None, None)]
-        for name, ref in {"adapter": self.candidate, **self.controls}.items():
-            artifact = ctx.inputs[ref]
-            made.append(system(name, adapter_content(artifact), artifact.file("adapter")))
+        content = {name: adapter_content(ctx.inputs[ref]) for name, ref in {"adapter": self.candidate, **self.controls}.items()}
         if beaten is not None:
-            folder = load_version(ctx.env, beaten["name"], beaten["version"])
-            made.append(system("champion", beaten["content"], folder))
-            ctx.log.info("the champion to beat is version %d of %s", beaten["version"], beaten["name"])
-        return made
+            content["champion"] = beaten["content"]
+        return [system("base", None, None), *(system(name, content[name], tuned.folder) for name, tuned in adapters.items())]
 
     def _ask(self, ctx: StageContext, systems: list[System]) -> tuple[list[tuple], list[dict[str, Any]]]:
         """Ask every system everything, one system in memory at a time. Returns (system, item, score) and the answered examples."""
@@ -193,26 +214,25 @@ class Evaluate(Stage):
         ctx.log.info("%d answers and scores, %d of them known from before", total, total - fresh)
         return found, answered
 
-    def _diagnose(self, ctx: StageContext, table: Any, compared: list[dict[str, Any]], adapters: dict[str, Artifact]) -> dict[str, Any]:
+    def _diagnose(self, ctx: StageContext, table: Any, compared: list[dict[str, Any]], adapters: dict[str, Tuned]) -> list[str]:
+        """Ask every diagnostic, write what it found, and say which there were."""
         import pyarrow.parquet as pq
 
         from ftpipe.data.rows import RowSet
         from ftpipe.evaluate.diagnostics.base import Evidence
 
         rows = RowSet(ctx.inputs[self.rows])
-        numbers: dict[str, Any] = {}
         for diagnostic in self.diagnostics:
             name = diagnostic.name()
             evidence = Evidence(table, compared, self.model, adapters, ctx.env, ctx.log, lambda done, total, n=name: ctx.progress(done, total, n), rows)
             finding = diagnostic.diagnose(evidence)
-            numbers[name] = finding.numbers
             folder = ctx.out / "diagnostics"
             folder.mkdir(exist_ok=True)
+            _write(folder / f"{name}.json", diagnostic.record(finding))
             if finding.table is not None:
                 pq.write_table(finding.table, folder / f"{name}.parquet", compression="zstd")
-            if finding.plot is not None:
-                (folder / f"{name}.svg").write_text(finding.plot, encoding="utf-8")
-        return numbers
+            ctx.log.info("%s: %s", name, finding.words)
+        return [diagnostic.name() for diagnostic in self.diagnostics]
 
 
 def _write(path: Path, value: Any) -> None:

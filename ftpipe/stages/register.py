@@ -21,7 +21,8 @@ class Register(Stage):
     """Turns a candidate that passed the gate into an immutable version and points an alias at it; a refused one leaves everything as it was.
 
     Before it counts, the version is loaded afresh and its logits are compared with those the trained model had in memory. The alias moves
-    only if it still points at the champion that the candidate was compared with.
+    only if the alias that the evaluation compared with still points where it did: as a rule it is the same alias, the champion. With
+    `alias: challenger` a candidate that beat the champion waits for somebody to promote it (`ftpipe registry alias NAME@challenger champion`).
     """
 
     produces: ClassVar[str] = "version"
@@ -32,7 +33,8 @@ class Register(Stage):
     evaluation: Ref = Field(description="The evaluation that the verdict rests on.")
     model: str = Field(default="", description="Base model; the pipeline's by default.")
     registered_as: str = Field(default="", description="Name in the registry; the pipeline's by default.")
-    alias: str = Field(default=ledger.CHAMPION, pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$", description="Alias that a passing candidate gets.")
+    alias: str = Field(default=ledger.CHAMPION, pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$",
+                       description="Alias that a passing candidate gets: champion, challenger, ...")
 
     def _name(self, env: Environment) -> str:
         return self.registered_as or env.pipeline
@@ -48,10 +50,10 @@ class Register(Stage):
         if getattr(evaluate, "candidate", self.adapter) != self.adapter:
             raise ConfigError(f"{self.evaluation} judged {evaluate.candidate}, not {self.adapter}",  # type: ignore[attr-defined]
                               remedy=f"set `adapter: {evaluate.candidate}`")  # type: ignore[attr-defined]
-        compared = (getattr(evaluate, "registered_as", "") or env.pipeline, getattr(evaluate, "alias", self.alias))
-        if getattr(evaluate, "champion", False) and compared != (self._name(env), self.alias):
-            raise ConfigError(f"{self.evaluation} compares with {compared[0]}@{compared[1]}, this stage registers as {self._name(env)}@{self.alias}",
-                              remedy="set `registered_as` and `alias` alike in both")
+        compared = getattr(evaluate, "registered_as", "") or env.pipeline
+        if getattr(evaluate, "champion", False) and compared != self._name(env):
+            raise ConfigError(f"{self.evaluation} compares with the champion of {compared}, this stage registers as {self._name(env)}",
+                              remedy="set `registered_as` alike in both")
 
     def still_true(self, artifact: Artifact, env: Environment) -> str | None:
         from ftpipe.registry import server
@@ -95,7 +97,8 @@ class Register(Stage):
         compared, about = evaluation.json("comparisons.json"), evaluation.json("evaluation.json")
         lineage = _lineage([ctx.inputs[self.verdict], adapter])
         readme = card(name, base=facts["base"], method=facts["method"], verdict=verdict, comparisons=compared, lineage=lineage,
-                      quantize=facts.get("quantize"), peft=adapter.has("adapter/adapter_config.json"))
+                      quantize=facts.get("quantize"), peft=adapter.has("adapter/adapter_config.json"), about=about, data=_data(adapter),
+                      found={n: evaluation.json(f"diagnostics/{n}.json")["words"] for n in about["diagnostics"]})
         beaten = about["champion"]["content"] if about["champion"] else None
         built = versions.build(ctx.env, name, adapter, readme, {
             "base": facts["base"], "method": facts["method"], "dtype": facts.get("dtype"), "quantize": facts.get("quantize"),
@@ -105,7 +108,7 @@ class Register(Stage):
         try:
             self._check_probe(ctx, built.folder, facts)
             done = register.register(ctx.env, name, built, base=facts["base"], stages={s["name"]: s["key"] for s in lineage}, alias=self.alias,
-                                     beat=beaten, run=ctx.key, description=f"made by pipeline {ctx.env.pipeline}")
+                                     beat=beaten, against=about.get("alias"), run=ctx.key, description=f"made by pipeline {ctx.env.pipeline}")
         finally:
             shutil.rmtree(built.folder, ignore_errors=True)
         return {"registered": True, "name": name, "version": done.version, "alias": self.alias if done.moved else None, "champion_before": done.before,
@@ -125,21 +128,35 @@ class Register(Stage):
         ctx.notes["probe_gap"] = gap
 
 
-def _lineage(artifacts: list[Artifact]) -> list[dict[str, Any]]:
-    """Every stage behind the artifacts, nearest first: name, kind, key, content and counts. A stage whose artifact was deleted is named all the same."""
-    found: dict[str, dict[str, Any]] = {}
-    queue: list[tuple[dict[str, Any], Artifact | None]] = [({"key": a.key}, a) for a in artifacts]
+def _behind(artifacts: list[Artifact]) -> list[tuple[dict[str, Any], Artifact | None]]:
+    """Every stage behind the artifacts, nearest first: its name, kind, key and content, and its artifact, None if that was deleted."""
+    found: dict[str, tuple[dict[str, Any], Artifact | None]] = {}
+    queue: list[tuple[dict[str, Any], Artifact | None]] = [({"name": a.name, "kind": a.kind, "key": a.key, "content": a.content}, a) for a in artifacts]
     while queue:
         entry, artifact = queue.pop(0)
         if entry["key"] in found:
             continue
-        if artifact is None:
-            found[entry["key"]] = {k: entry[k] for k in ("name", "kind", "key", "content")} | {"counts": {}}
-            continue
-        found[artifact.key] = {"name": artifact.name, "kind": artifact.kind, "key": artifact.key, "content": artifact.content, "counts": artifact.counts}
-        for ref in artifact.manifest["inputs"].values():
+        found[entry["key"]] = {k: entry[k] for k in ("name", "kind", "key", "content")}, artifact
+        for ref in artifact.manifest["inputs"].values() if artifact else ():
             try:
                 queue.append((ref, artifact.load(ref["key"])))
             except ArtifactError:
                 queue.append((ref, None))
     return list(found.values())
+
+
+def _lineage(artifacts: list[Artifact]) -> list[dict[str, Any]]:
+    """Every stage behind the artifacts, nearest first: name, kind, key, content and counts. A stage whose artifact was deleted is named all the same."""
+    return [entry | {"counts": artifact.counts if artifact else {}} for entry, artifact in _behind(artifacts)]
+
+
+def _data(adapter: Artifact) -> list[dict[str, Any]]:
+    """Where the rows behind an adapter were read: the source's name and settings, and whether it is a data set of the hub. See `registry/card.py`."""
+    found = []
+    for artifact in (a for _, a in _behind([adapter]) if a is not None and a.kind == "ingest"):
+        material = artifact.manifest["material"]
+        read = {name for value in material["externals"].values() if isinstance(value, dict) for name in value}
+        for source in filter(None, [material["params"].get("source"), *material["params"].get("sources", [])]):
+            (name, settings), = source.items()
+            found.append({"source": name, "settings": settings or {}, "hub": name == "hf_dataset" and settings["path"] in read})
+    return found

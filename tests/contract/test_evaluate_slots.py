@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from ftpipe import slots
+from ftpipe.evaluate.diagnostics.base import Finding, Number
 from ftpipe.evaluate.suites.base import Suite
 from ftpipe.tune.base import Trial
 
@@ -44,6 +45,16 @@ def test_a_suite_reports_under_names_of_its_own(name: str):
     assert isinstance(suite, Suite) and suite.labels() and len(set(suite.labels())) == len(suite.labels())
     relabelled = suite.model_copy(update={"label": "other"})
     assert all("other" in label for label in relabelled.labels()), "a suite used twice must be tellable apart"
+
+
+@pytest.mark.parametrize("name", slots.slots()["evaluate/diagnostics"].names())
+def test_a_diagnostic_says_what_it_asks_and_what_its_numbers_mean(name: str):
+    diagnostic = make("evaluate/diagnostics", name)
+    assert diagnostic.question.endswith("?") and diagnostic.measures and all(m.meaning for m in diagnostic.measures.values())
+    with pytest.raises(ValueError, match="known measures are"):
+        diagnostic.record(Finding("x", [Number("a measure that nobody explains", 1.0)]))
+    with pytest.raises(ValueError, match="is nan"):
+        diagnostic.record(Finding("x", [Number(next(iter(diagnostic.measures)), float("nan"))]))
 
 
 @pytest.mark.parametrize("name", slots.slots()["tune"].names())

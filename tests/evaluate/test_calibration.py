@@ -45,5 +45,6 @@ def test_confidences_are_those_of_the_trained_tokens(tmp_path, tiny_model):
     object.__setattr__(whole, "model", str(tiny_model))
     object.__setattr__(whole, "env", asked.env)
     finding = Calibration(bins=5).diagnose(whole)
-    assert finding.numbers["base: positions"] == len(right) and finding.numbers["base: mean confidence"] == pytest.approx(confidence.mean())
-    assert sum(r["n"] for r in finding.table.to_pylist()) == len(right) and "share right" in finding.plot
+    assert finding.number("positions", "base") == len(right) and finding.number("mean confidence", "base") == pytest.approx(confidence.mean())
+    assert finding.number("share right", "base") == right.mean() and f"on {len(right)} tokens" in finding.words
+    assert sum(r["n"] for r in finding.table.to_pylist()) == len(right) and [s.name for s in finding.plots[0].series if not s.guide] == ["base"]

@@ -32,8 +32,8 @@ def test_a_system_that_says_one_thing_is_narrower_than_the_base(tmp_path):
         system = scripted(asked, answer, name)
         found += [(name, item, s) for item, each in results(system, suite, suite.items(asked), asked.env.cache, lambda now: None) for s in each]
     finding = Look().diagnose(evidence(items_table(found)))
-    assert finding.numbers["base: ngram distance on diversity"] == 1.0 and finding.numbers["adapter: unique answers on diversity"] == pytest.approx(1 / 6)
+    assert finding.number("ngram distance", "base", "diversity") == 1.0 and finding.number("unique answers", "adapter", "diversity") == pytest.approx(1 / 6)
     assert {r["n"] for r in finding.table.to_pylist()} == {2} and all(r["base"] >= r["mean"] for r in finding.table.to_pylist())
-    assert "adapter" in finding.plot
+    assert finding.plots[0].series["base"] == [1.0, 1.0, 1.0] and "the base 100%, the adapter" in finding.words
     with pytest.raises(ValueError, match="nothing is checked here"):
         Diversity(checker="json")

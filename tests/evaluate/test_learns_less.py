@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ftpipe.evaluate.diagnostics import learns_less
+from ftpipe.evaluate.diagnostics.base import Tuned
 from ftpipe.evaluate.diagnostics.learns_less import LearnsLess, k90
 from tests.evaluate.test_prompt_sensitivity import evidence
 
@@ -22,23 +23,10 @@ def test_k90_of_equal_orthogonal_terms_is_nine_tenths_of_their_number(q: int):
     assert k90(torch.zeros(5)) == 0
 
 
-class Trained:
-    """What the diagnostic reads of a training's artifact."""
-
-    def __init__(self, folder: Path, method: dict, steps: int, rate: float):
-        (folder / "adapter").mkdir(parents=True)
-        (folder / "adapter" / "ftpipe_adapter.json").write_text(json.dumps({"method": method}))
-        (folder / "train.json").write_text(json.dumps({"steps": steps, "settings": {"learning_rate": rate}}))
-        self.folder = folder
-
-    def file(self, name: str) -> Path:
-        return self.folder / name
-
-    def has(self, name: str) -> bool:
-        return self.file(name).exists()
-
-    def json(self, name: str):
-        return json.loads(self.file(name).read_text())
+def trained_as(folder: Path, method: dict, steps: int, rate: float) -> Tuned:
+    folder.mkdir(parents=True)
+    (folder / "ftpipe_adapter.json").write_text(json.dumps({"method": method, "base": {}}))
+    return Tuned(folder, {"steps": steps, "settings": {"learning_rate": rate}})
 
 
 def test_the_table_has_a_row_for_each_training_and_the_best_learning_rate_is_plotted(tmp_path, monkeypatch):
@@ -51,7 +39,7 @@ def test_the_table_has_a_row_for_each_training_and_the_best_learning_rate_is_plo
                "full": ("full", None, 10, 1e-4, 0.7, -0.4)}
     artifacts, compared = {}, []
     for system, (arm, r, steps, rate, learnt, kept) in trained.items():
-        artifacts[system] = Trained(tmp_path / system, {arm: {"r": r} if r else {}}, steps, rate)
+        artifacts[system] = trained_as(tmp_path / system, {arm: {"r": r} if r else {}}, steps, rate)
         compared += [{"a": system, "b": "base", "suite": "heldout_loss", "difference": learnt}, {"a": system, "b": "base", "suite": "general_text",
                                                                                                  "difference": kept}]
     compared.append({"a": "adapter", "b": "full", "suite": "heldout_loss", "difference": 99.0})
@@ -67,5 +55,5 @@ def test_the_table_has_a_row_for_each_training_and_the_best_learning_rate_is_plo
     assert rows["adapter"]["numerical_rank"] == 2 and rows["adapter"]["k90_change"] <= 2 < rows["adapter"]["k90_noise"]
     full = rows["full"]
     assert abs(full["k90_change"] - full["k90_noise"]) <= 1 and full["numerical_rank"] == 40, "a change like noise has the rank of noise"
-    assert finding.numbers["lora r=2: durations"] == 2 and finding.numbers["full: durations"] == 1
-    assert finding.numbers["full: forgetting"] == 0.4 and "lora r=2" in finding.plot
+    assert finding.number("durations", of="lora r=2") == 2 and finding.number("durations", of="full") == 1
+    assert finding.number("forgetting", "full") == 0.4 and {s.name: list(s.x) for s in finding.plots[0].series} == {"lora r=2": [0.02, 0.03], "full": [0.4]}

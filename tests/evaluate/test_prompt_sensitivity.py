@@ -52,10 +52,12 @@ def test_figures_are_those_of_the_long_table(tmp_path):
         told |= {f"standard deviation over {k} wordings": np.std(v, ddof=1) for k, v in of.items()}
         for name, value in told.items():
             expected.setdefault(name, []).append(value)
-    assert finding.numbers == pytest.approx({f"adapter: {name}": np.mean(v) for name, v in expected.items()}, abs=1e-9)
-    assert finding.numbers["adapter: gap, observed less unobserved"] == pytest.approx(0.2) and finding.plot.lstrip().startswith("<?xml")
+    assert {n.measure: n.value for n in finding.numbers} == pytest.approx({name: np.mean(v) for name, v in expected.items()}, abs=1e-9)
+    assert finding.number("gap, observed less unobserved", "adapter") == pytest.approx(0.2) and "the adapter +0.200" in finding.words
+    assert [p.title for p in finding.plots] == ["Score by wording: one, exact", "Score by wording: two, exact"] and len(finding.plots[0].names) == 10
+    assert PromptSensitivity().record(finding)["measures"]["worst wording"]["meaning"]
     few = PromptSensitivity(wordings=6).diagnose(evidence(items))
-    assert not any("deviation" in name for name in few.numbers)
+    assert not any("deviation" in n.measure for n in few.numbers)
 
 
 def test_of_a_loss_more_is_worse_and_without_wordings_nothing_is_said(tmp_path):
@@ -63,11 +65,11 @@ def test_of_a_loss_more_is_worse_and_without_wordings_nothing_is_said(tmp_path):
 
     loss = [("base", Item(f"{k}{i}", "c", f"{k} {i}", "s", None), Score("loss", value, 1.0, False))
             for k, values in (("observed", (1.0, 2.0)), ("unobserved", (3.0, 2.0))) for i, value in enumerate(values, 1)]
-    numbers = PromptSensitivity().diagnose(evidence(items_table(loss))).numbers
-    assert numbers["base: gap, observed less unobserved"] == 1.0 and numbers["base: worst wording"] == 3.0
+    found = PromptSensitivity().diagnose(evidence(items_table(loss)))
+    assert found.number("gap, observed less unobserved", "base") == 1.0 and found.number("worst wording", "base") == 3.0
     other = [("base", Item("1", "c", "module", "s", None), Score("loss", 1.0))]
     nothing = PromptSensitivity().diagnose(evidence(items_table(other)))
-    assert nothing.numbers == {} and nothing.plot is None and nothing.table.num_rows == 0
+    assert nothing.numbers == [] == nothing.plots and nothing.table.num_rows == 0 and "No suite" in nothing.words
     with pytest.raises(ValueError, match="has to hold the"):
         Rephrased(observed=["no gap"])
     with pytest.raises(ValueError, match="`observed` and `unobserved`"):

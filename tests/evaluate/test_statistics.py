@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ftpipe.evaluate.statistics import compare, compare_arms, holm, interval, mcnemar, minimum_detectable, no_difference
+from ftpipe.evaluate.statistics import compare, compare_arms, holm, interval, mcnemar, minimum_detectable, no_difference, noise_floor
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])
@@ -206,3 +206,61 @@ def test_comparisons_are_corrected_over_the_suites_of_a_pair():
     plain, corrected = (judge([Rule(suite="s0")], compared, about, correction) for correction in ("none", "holm"))
     assert plain["passed"] and not corrected["passed"] and "Holm's correction" in corrected["rules"][0]["text"]
     assert judge([Rule(suite="s1", require="not_worse", margin=2.0)], compared, about, "holm")["passed"], "non-inferiority is not corrected"
+
+
+def test_the_noise_floor_bounds_two_further_runs_as_often_as_it_says():
+    rng = np.random.default_rng(8)
+    for kinds, runs in ((1, 2), (1, 4), (3, 2)):
+        held = 0
+        for _ in range(600):
+            seen = rng.normal(rng.normal(0, 5, (kinds, 1)), 0.3, (kinds, runs))
+            held += abs(np.diff(rng.normal(0, 0.3, 2))[0]) < noise_floor(seen.tolist()).floor
+        assert 0.925 <= held / 600 <= 0.98, (kinds, runs)  # nominal 0.95; binomial standard error 0.009
+    found = noise_floor([[1.0, 3.0], [5.0, 5.5]])
+    assert (found.runs, found.largest, found.deviation) == (4, 2.0, pytest.approx(((2.0 + 0.125) / 2) ** 0.5))
+    for wrong in ([[1.0], [2.0]], [[1.0, math.nan]], []):
+        with pytest.raises(ValueError, match="two runs or more"):
+            noise_floor(wrong)
+
+
+def test_arms_say_what_difference_they_could_have_shown():
+    rng = np.random.default_rng(9)
+    a, b = crossed(rng, seeds=3, items=60, seed_noise=0.1, item_noise=0.3)
+    effect = compare_arms(a, b, higher_is_better=True).mde
+    errors, hits = [], 0
+    for _ in range(400):
+        a, b = crossed(rng, seeds=3, items=60, seed_noise=0.05, item_noise=0.3)
+        errors.append(compare_arms(a, b, higher_is_better=True).mde)
+    for _ in range(400):
+        a, b = crossed(rng, seeds=3, items=60, seed_noise=0.05, item_noise=0.3, difference=float(np.mean(errors)))
+        hits += compare_arms(a, b, higher_is_better=True).better
+    assert effect > 0 and 0.7 <= hits / 400 <= 0.92  # 0.8 by construction; the stated errors lie a little on the wide side
+
+
+def test_parts_of_items_are_compared_by_group_source_and_length():
+    from ftpipe.evaluate.compare import comparisons, items_table, noise_floors, part_comparisons
+    from ftpipe.evaluate.slicing import length_part, parts
+    from ftpipe.evaluate.suites.base import Item, Score
+
+    assert [length_part(n) for n in (0, 1, 2, 3, 4, 63, 64)] == ["", "1", "2 to 3", "2 to 3", "4 to 7", "32 to 63", "64 to 127"]
+    rng = np.random.default_rng(3)
+    found = []
+    for i in range(40):
+        long, source = i % 2, "a.txt" if i < 10 else "b.txt"
+        item = Item(str(i), "c", f"g{i % 4}", "s", None, source)
+        hard = rng.normal(3, 1)
+        for system, gain in (("base", 0.0), ("adapter", 0.5 if long else -0.5), ("again", 0.1 if long else -0.9), ("champion", 0.25)):
+            found.append((system, item, Score("loss", hard - gain + rng.normal(0, 0.01), 100.0 if long else 10.0, False)))
+    table = items_table(found)
+    how = {"confidence": 0.95, "resamples": 200, "seed": 0, "method": "percentile", "by_slice": False}
+    by = {way: part_comparisons(table, "s", "loss", "adapter", "base", way, **how) for way in ("slice", "source", "length")}
+    assert list(by["length"]) == ["8 to 15", "64 to 127"] and by["length"]["8 to 15"]["high"] < 0 < by["length"]["64 to 127"]["low"]
+    assert {p: c["n"] for p, c in by["source"].items()} == {"a.txt": 10, "b.txt": 30} and list(by["slice"]) == ["g0", "g1", "g2", "g3"]
+    one = by["source"]["a.txt"]
+    kept = [(f, p) for f, p in zip(found, parts(table, "source")) if p == "a.txt"]
+    alone = comparisons(items_table([f for f, _ in kept]), ["base", "adapter"], **how)
+    assert one == alone[0] | {"p_holm": None}, "a part is compared as if there were nothing else"
+    pairs = {(c["a"], c["b"]) for c in comparisons(table, ["base", "adapter", "champion"], **how)}
+    assert pairs == {("adapter", "base"), ("adapter", "champion"), ("champion", "base")}
+    floor, = noise_floors(table, ["adapter", "again"], confidence=0.95)
+    assert floor["largest"] == pytest.approx(0.4, abs=0.01) and floor["floor"] == pytest.approx(12.706 * floor["largest"], rel=1e-3) and floor["runs"] == 2

@@ -53,7 +53,7 @@ def run(tmp_path_factory) -> FakeRun:
     for system, (arm, luck) in systems.items():
         for suite, difficulty in hard.items():
             gain = GAIN[arm] + luck if suite == "heldout_loss" else -0.1 * GAIN[arm]
-            rows += [(system, suite, "loss", f"i{i}", "s", float(d - gain + rng.normal(0, 0.02)), 1.0 + i % 4, False) for i, d in enumerate(difficulty)]
+            rows += [(system, suite, "loss", f"i{i}", "s", float(d - gain + rng.normal(0, 0.02)), 1.0 + i % 4, False, "") for i, d in enumerate(difficulty)]
 
     def write(out: Path) -> None:
         pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(zip(*rows), items_schema())], schema=items_schema()), out / "items.parquet")
@@ -101,13 +101,17 @@ def test_an_adapter_that_was_not_evaluated_is_an_error(run):
 
 def test_the_page_shows_every_arm_and_its_cost(run):
     def write(out: Path) -> None:
-        (out / "study.json").write_text(json.dumps(results(run.artifacts["asked"], arms_of(run), ["random"], 0.95)))
+        (out / "study.json").write_text(json.dumps(found))
 
+    found = results(run.artifacts["asked"], arms_of(run), ["random"], 0.95)
     spent = costs(arms_of(run), {"chosen": run.artifacts["selected"]}, run.artifacts["pool"])
     study = run.add("study", "study", ["asked"], write, notes={"costs": spent})
     page = render(RunData({"study": study}, roles={}, studies=["study"]), "proof")
-    assert "chosen against random on heldout_loss: better" in page and "5,600" not in page and "9,600 tokens" in page
-    assert page.count("<svg") >= 8 and "Gain against forgetting" in page and "by more than chance" not in page
+    head = page[: page.index("<nav")]
+    assert "On heldout_loss, against random, better: chosen (+0.2" in head and "On general_text, which measures forgetting, against random, " in head
+    assert found["noise"][0]["runs"] == 6 and "stay within the noise floor of" in page and "would have shown four times in five" in page
+    assert "5,600" not in page and "9,600 tokens" in page
+    assert page.count("<svg") >= 8 and "Gain on heldout_loss against forgetting" in page and "by more than chance" not in page
 
 
 def test_the_frontier_is_what_nothing_beats_both_ways():

@@ -91,10 +91,25 @@ def test_aliases_move_only_from_where_the_caller_believes_them(env: Environment)
         register.move_alias(env, "demo", "champion", 1, expected=1)
     assert register.move_alias(env, "demo", "champion", 1, expected=2, reason="it answers too long") == {"alias": "champion", "from": 2, "to": 1}
     assert register.move_alias(env, "demo", "canary", 2, expected=None)["to"] == 2
-    assert ledger.aliases(env, "demo") == {"champion": 1, "canary": 2}
-    assert server.model_aliases(server.client(env), "demo") == {"champion": 1, "canary": 2}
+    assert ledger.aliases(env, "demo") == {"champion": 1, "previous": 2, "canary": 2}
+    assert server.model_aliases(server.client(env), "demo") == {"champion": 1, "previous": 2, "canary": 2}
     register.move_alias(env, "demo", "canary", None)
-    assert server.model_aliases(server.client(env), "demo") == {"champion": 1}
+    assert server.model_aliases(server.client(env), "demo") == {"champion": 1, "previous": 2}
+
+
+def test_a_challenger_that_beat_the_champion_waits_until_somebody_promotes_it(env: Environment):
+    registered(env, 1)
+    late = registered(env, 2, beat=None, alias="challenger", against="champion")
+    assert not late.moved and "champion points at version 1 by now" in late.reason, "it was compared with no champion"
+    waits = registered(env, 2, beat=content(env, 1), alias="challenger", against="champion")
+    assert (waits.version, waits.moved) == (2, True) and ledger.aliases(env, "demo") == {"champion": 1, "challenger": 2}
+    again = registered(env, 1, beat=None, alias="challenger", against="champion")
+    assert (again.moved, again.reason) == (False, "it is the champion already")
+    register.move_alias(env, "demo", "champion", "challenger", forced=True, reason="looks good")
+    assert ledger.aliases(env, "demo") == {"champion": 2, "previous": 1} == server.model_aliases(server.client(env), "demo")
+    assert ledger.find(env, "demo", "previous")["version"] == 1 and [m["forced"] for m in ledger.history(env, "demo")][-1]
+    register.rollback(env, "demo")
+    assert ledger.aliases(env, "demo") == {"champion": 1, "previous": 2} and ledger.problems(env, "demo") == []
 
 
 def test_rolling_back_twice_goes_back_two_versions(env: Environment):
@@ -116,8 +131,9 @@ def test_history_is_only_appended_to_and_survives_a_torn_line(env: Environment):
     registered(env, 2, beat=content(env, 1))
     assert path.read_bytes().startswith(before)
     assert ledger.champion(env, "demo")["version"] == 2
-    moved = [m for m in ledger.history(env, "demo") if m["state"] == "moved"]
+    moved = [m for m in ledger.history(env, "demo") if m["state"] == "moved" and m["alias"] == "champion"]
     assert [(m["from"], m["to"]) for m in moved] == [(None, 1), (1, 2)] and all(m["who"] and m["when"] for m in moved)
+    assert ledger.problems(env, "demo") == [], "a later line speaks for the torn one too"
 
 
 def test_an_alias_moved_in_mlflow_is_noticed_and_recorded(env: Environment, caplog: pytest.LogCaptureFixture):
@@ -172,7 +188,8 @@ def test_processes_with_one_adapter_and_no_database_yet_get_one_version(tmp_path
     assert [v for _, v, _, _ in found] == [1, 1] and sum(created for _, _, created, _ in found) == 1
 
 
-KILL_AT = ["place", "_create", "write_versions", "append moving", "set_registered_model_alias", "append moved"]
+KILL_AT = ["place", "_create", "write_versions", *(f"{step} {alias}" for alias in ("previous", "champion")
+                                                   for step in ("append moving", "set_registered_model_alias", "append moved"))]
 
 
 def _die(workspace, step: str, when: str) -> None:
@@ -182,13 +199,14 @@ def _die(workspace, step: str, when: str) -> None:
     from ftpipe.registry import versions
 
     env = environment(workspace)
-    state = step.removeprefix("append ") if step.startswith("append ") else None
+    *step, alias = step.split() if " " in step else [step, ""]
     owner, name = {"place": (versions, "place"), "_create": (register, "_create"), "write_versions": (ledger, "write_versions"),
-                   "set_registered_model_alias": (MlflowClient, "set_registered_model_alias")}.get(step, (ledger, "append"))
+                   "set_registered_model_alias": (MlflowClient, "set_registered_model_alias")}.get(step[0], (ledger, "append"))
     real = getattr(owner, name)
 
     def killed(*args, **kwargs):
-        if state is not None and args[2]["state"] != state:
+        other = step[0] == "append" and args[2]["state"] != step[1]
+        if alias and (other or alias not in (args[2] if isinstance(args[2], str) else args[2]["alias"])):
             return real(*args, **kwargs)
         if when == "after":
             real(*args, **kwargs)
@@ -216,8 +234,8 @@ def test_killed_at_any_step_and_run_again_there_is_one_version_and_one_move(env:
     assert (result.version, result.moved) == (2, True)
     mlflow = server.client(env)
     assert [int(v.version) for v in server.model_versions(mlflow, "demo")] == [1, 2]
-    assert server.model_aliases(mlflow, "demo") == {"champion": 2} == ledger.aliases(env, "demo")
-    moved = [(m["from"], m["to"], m["beat"]) for m in ledger.history(env, "demo") if m["state"] == "moved"]
+    assert server.model_aliases(mlflow, "demo") == {"champion": 2, "previous": 1} == ledger.aliases(env, "demo") and ledger.problems(env, "demo") == []
+    moved = [(m["from"], m["to"], m["beat"]) for m in ledger.history(env, "demo") if m["state"] == "moved" and m["alias"] == "champion"]
     assert moved == [(None, 1, None), (1, 2, beat)], "the history must neither lose the move nor take it for one made outside"
 
 

@@ -56,5 +56,5 @@ def test_two_workspaces_share_versions_files_and_the_champion(url: str, tmp_path
     folder = versions.load_version(two, "demo", "champion")
     assert versions.verify(two, "demo", "champion") == [] and folder.is_relative_to(two.workspace)
     assert registered(two, 2, beat=content(one, 1)).moved
-    assert server.model_aliases(server.client(one), "demo") == {"champion": 2}
+    assert server.model_aliases(server.client(one), "demo") == {"champion": 2, "previous": 1}
     assert not list((tmp_path / "started-in").iterdir()), "nothing is written where the command was started"

@@ -20,15 +20,42 @@ def flip(path, at: int = -1) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "ftpipe_adapter.json", "README.md", "manifest.json"])
-def test_a_flipped_byte_is_found_by_verify_and_by_load(env: Environment, file: str):
+def test_one_flipped_bit_is_found_in_any_file_of_a_version(env: Environment):
+    """Every file below the model's folder, at its beginning, its end and many places between; in the ledger every single byte."""
     registered(env, 1)
-    assert versions.verify(env, "demo", "champion") == []
+    registered(env, 2, beat=content(env, 1))
     folder = versions.load_version(env, "demo", 1)
-    flip(folder / file, 40 if file == "manifest.json" else 5)
-    assert any(file in problem for problem in versions.verify(env, "demo", 1))
-    with pytest.raises(ArtifactError, match="was altered"):
-        versions.load_version(env, "demo", 1)
+    mine = sorted(p for p in folder.rglob("*") if p.is_file())
+    assert {p.relative_to(folder).as_posix() for p in mine} == {"README.md", "adapter_model.safetensors", "ftpipe_adapter.json", "manifest.json",
+                                                                "evidence/train.json"}
+    of_all = [ledger.folder(env, "demo") / n for n in (ledger.VERSIONS, ledger.HISTORY)]
+    other = versions.load_version(env, "demo", 2)
+    assert {p for p in ledger.folder(env, "demo").rglob("*") if p.is_file() and other not in p.parents} == {*mine, *of_all}, "no file that nobody looks at"
+    assert versions.verify(env, "demo", 1) == [] == versions.verify(env, "demo", "champion")
+    for path in (*mine, *of_all):
+        whole = path.read_bytes()
+        places = range(len(whole)) if path in of_all else {0, len(whole) - 1, *range(0, len(whole), 1 + len(whole) // 8)}
+        for at in places:
+            flip(path, at)
+            found = versions.verify(env, "demo", 1)
+            assert any(path.name in problem for problem in found), f"byte {at} of {path.name}"
+            if path in mine and at == 0:
+                with pytest.raises(ArtifactError, match="was altered"):
+                    versions.load_version(env, "demo", 1)
+            path.write_bytes(whole)
+    assert versions.verify(env, "demo", 1) == []
+
+
+def test_a_history_that_lost_its_middle_or_its_hash_is_found(env: Environment):
+    registered(env, 1)
+    registered(env, 2, beat=content(env, 1))
+    path = ledger.folder(env, "demo") / ledger.HISTORY
+    lines = path.read_bytes().splitlines(keepends=True)
+    for shorter in (lines[:2] + lines[3:], [*lines[:-1], lines[-1].replace(b"sha256", b"sha255")], [*lines, b"{}\n"]):
+        path.write_bytes(b"".join(shorter))
+        assert versions.verify(env, "demo", 1) == ["history.jsonl is not what was written (its SHA-256 differs)"]
+    path.write_bytes(b"".join(lines)[:-9])
+    assert "cut short" in versions.verify(env, "demo", 1)[0]
 
 
 def test_missing_and_added_files_are_found(env: Environment):
@@ -84,6 +111,8 @@ def test_building_the_same_adapter_twice_gives_the_same_bytes(env: Environment):
     artifact = adapter_artifact(Store(env.workspace), 1)
     one, two = built(env, "demo", artifact), built(env, "demo", artifact)
     assert (one.content, one.manifest) == (two.content, two.manifest)
+    told = built(env, "demo", adapter_artifact(Store(env.workspace), 1, extra={"steps": 7}))
+    assert versions.training_of(told.folder) == {"steps": 7} and versions.training_of(env.workspace) == {}
 
 
 def test_the_ledger_is_read_without_mlflow_or_torch(env: Environment):

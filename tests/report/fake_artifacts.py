@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 
 from ftpipe.artifacts import DECISIONS, Artifact, decisions_schema
 from ftpipe.data.rows import content_id, kept_schema, rows_schema
+from ftpipe.evaluate.diagnostics.base import Chart, Diagnostic, Dots, Evidence, Finding, Measure, Number, Series
+from ftpipe.evaluate.diagnostics.slices import Slices
 from ftpipe.pipeline.store import Store
 
 MODULES = ("asyncio", "collections", "csv", "datetime", "email", "functools", "itertools", "json", "logging", "pathlib", "random", "re", "shutil", "sqlite3",
@@ -27,6 +29,24 @@ NOUNS = ("file", "path", "row", "header", "value", "key", "record", "queue", "ev
 HOSTILE = ('<script>alert("x")</script><img src=x onerror=alert(1)>', "]]></svg></style><h1>broken out</h1>", "A" * 4000,
            "\u202eright to left\u202c {{ 7*7 }} {% raw %}",
            "tabs\there\n    and indents\n\n\nand blank lines", "nul\x00byte and \x1b[31mescape")
+
+
+class Stranger(Diagnostic):
+    """A diagnostic that the page has never heard of, as a package of somebody else's would bring one; `said` stands wherever it may write text."""
+
+    method_name = "stranger"
+    question = "Does the page draw what it does not know?"
+    measures = {"size": Measure("furlongs", "how long it is"), "share": Measure("share", "how much of it"), "seen": Measure("count", "how many")}
+    said: str
+
+    def diagnose(self, evidence: Evidence) -> Finding:
+        numbers = [Number("size", 0.125, "base", self.said), Number("size", -3.5, "adapter", self.said), Number("share", -0.25, "random", self.said),
+                   Number("seen", 12345.0)]
+        chart = Chart(f"Size {self.said}", f"breadth {self.said}", "length", [Series("level", [0, 1], [0.5, 0.5], guide=True), Series("base", [0, 1], [0, 1]),
+                                                                            Series(f"other {self.said}", [0.2, 0.4], [1, 2], joined=False)])
+        dots = Dots("By name", "furlongs", [f"one {self.said}", "two"], {"base": [1.0, None], "adapter": [2.0, -1.0]}, zero=True)
+        table = pa.table({"name": [self.said, "x"] * 20, "size": [0.5, None] * 20, "n": [1000, 2] * 20, "flagged": [True, False] * 20})
+        return Finding(f"It is {self.said}.", numbers, table, [chart, dots])
 
 
 @dataclass
@@ -300,7 +320,7 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
 
     def write(out: Path) -> None:
         table = [{"system": s, "suite": suite, "metric": "loss", "item_id": f"{suite}-{n}", "slice": slices[n], "score": float(v), "weight": 1.0,
-                  "higher_is_better": False}
+                  "higher_is_better": False, "source": f"part{n % 2}.jsonl" if suite == "heldout_loss" else ""}
                  for suite, systems in suites.items() for s, values in systems.items() for n, v in enumerate(values)]
         pq.write_table(pa.Table.from_pylist(table), out / "items.parquet")
         write_json(out / "comparisons.json", [compare(suite, a, b) for suite in suites for a, b in pairs])
@@ -313,15 +333,17 @@ def _evaluate(run: FakeRun, rng, heldout, gain, hostile):
              "reference": f"{VERBS[n].title()} the {NOUNS[n]} of an archive.", "system": s, "answer": a} for n in range(4) for s, a in answers.items()]),
             out / "examples.parquet")
         (out / "diagnostics").mkdir()
-        names = sorted(set(slices))
-        gains = [float(np.mean([b - a for a, b, s in zip(losses["adapter"], losses["base"], slices) if s == name])) for name in names]
-        pq.write_table(pa.table({"suite": ["heldout_loss"] * len(names), "metric": ["loss"] * len(names), "slice": names, "n": [20] * len(names),
-                                 "base": [3.4] * len(names), "adapter": [2.8] * len(names), "difference": gains}), out / "diagnostics" / "slices.parquet")
-        (out / "diagnostics" / "ranks.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script><!-- {"x" * 500} --></svg>')
+        evidence = Evidence(pa.Table.from_pylist(table), [], "m", {}, None, None, None)
+        for diagnostic in (Slices(), Stranger(said=HOSTILE[0] if hostile else "flat")):
+            finding = diagnostic.diagnose(evidence)
+            write_json(out / "diagnostics" / f"{diagnostic.name()}.json", diagnostic.record(finding))
+            pq.write_table(finding.table, out / "diagnostics" / f"{diagnostic.name()}.parquet")
         write_json(out / "evaluation.json", {"candidate": {"stage": "adapter", "content": run.artifacts["adapter"].content}, "forgetting": ["general_text"],
-                                             "systems": {s: {} for s in losses}, "suites": {s: {} for s in suites}, "champion": None, "diagnostics": {}})
+                                             "systems": {s: {} for s in losses}, "suites": {s: {} for s in suites}, "champion": None,
+                                             "diagnostics": ["slices", "stranger"]})
 
     run.add("evaluate", "evaluate", ["audit", "adapter", "random_adapter"], write, externals={"base": MODEL}, seconds=58.0,
+            notes={"generation": {"base": {"tokens": 300, "tokens_per_second": 21.5}, "adapter": {"tokens": 200, "tokens_per_second": 20.25}}},
             params={"rows": "audit", "candidate": "adapter", "controls": {"random": "random_adapter"}, "resamples": 2000})
 
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +17,9 @@ import pytest
 from ftpipe.errors import ConfigError
 from ftpipe.pipeline.store import Store
 from ftpipe.report.collect import RunData
+from ftpipe.report.numbers import MINUS, NONE
 from ftpipe.report.page import SECTIONS, render
+from ftpipe.report.sections import lineage
 from ftpipe.stages.base import Environment, Listener, StageContext
 from ftpipe.stages.report import PAGE, Report
 from tests.report.fake_artifacts import HOSTILE, FakeRun, inputs_of, make_run
@@ -108,7 +109,7 @@ def test_asks_nothing_of_a_network_and_runs_nothing(page, hostile):
         found = Page(html)
         assert not {"script", "iframe", "object", "embed", "link", "base", "form"} & set(found.tags)
         assert not found.handlers
-        assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in found.links)
+        assert all(link.startswith("#") for link in found.links)
         assert not re.search(r"@import|url\((?!#)", html)
 
 
@@ -172,10 +173,30 @@ def test_text_from_data_is_shown_and_never_obeyed(hostile):
     assert "\\u202e" in hostile and "\\x1b" in hostile
 
 
-def test_drawings_of_diagnostics_are_images_that_cannot_run_anything(run, page):
-    source, = [link for link in Page(page).links if link.startswith("data:")]
-    drawn = b64decode(source.removeprefix("data:image/svg+xml;base64,"))
-    assert drawn == run.artifacts["evaluate"].file("diagnostics/ranks.svg").read_bytes()
+def diagnostic(page: str, name: str) -> str:
+    start = page.index(f'<article class="diagnostic" id="diagnostic-{name}"')
+    return page[start: page.index("</article>", start) + len("</article>")]
+
+
+def test_a_diagnostic_that_the_page_does_not_know_shows_words_numbers_table_and_plots(run, page, hostile):
+    part = diagnostic(page, "stranger")
+    said = text_of(part)
+    assert "Does the page draw what it does not know? stranger It is flat. base model adapter random (control)" in said
+    assert f"size flat (furlongs) 0.125 {MINUS}3.50 {NONE} how long it is share flat {NONE} {NONE} {MINUS}25 % how much of it" in said
+    assert "seen 12,345 how many" in said and "Table, 40 rows" in said and "28 more in diagnostics/stranger.parquet" in said
+    assert f"flat 0.500 1,000 yes x {NONE} 2 no" in said
+    assert part.count("<svg") == 3 and "breadth flat" in part and "var(--base)" in part and "var(--adapter)" in part and "var(--c3)" in part
+    assert "&lt;script&gt;alert" in diagnostic(hostile, "stranger") and "By name" in part
+
+
+def test_gains_are_shown_by_group_source_and_length(run, page):
+    part = text_of(diagnostic(page, "slices"))
+    assert "heldout_loss loss by group" in part and "heldout_loss loss by source" in part and "by length" not in part, "this run weighs all items alike"
+    assert run.artifacts["evaluate"].json("diagnostics/slices.json")["plots"][0]["names"][0] in part
+
+
+def test_speed_of_generation_is_told(page):
+    assert "base model 21.5, adapter 20.2" in text_of(page)
 
 
 def test_long_text_is_cut_with_a_word_about_it(hostile):
@@ -195,7 +216,7 @@ def test_the_trained_part_of_the_example_is_marked(page):
     (["rows"], ["funnel", "lineage"]),
     (["audit"], ["funnel", "scores", "audit", "lineage"]),
     (["adapter"], ["funnel", "scores", "training", "audit", "lineage"]),
-    (["evaluate"], ["comparison", "funnel", "scores", "training", "examples", "audit", "lineage"]),
+    (["evaluate"], ["comparison", "diagnostics", "funnel", "scores", "training", "examples", "audit", "lineage"]),
 ])
 def test_leaves_out_what_is_not_there(run, names, sections):
     html = render(RunData({n: run.artifacts[n] for n in names}, roles={}))
@@ -274,6 +295,26 @@ def test_is_quick(run, page):
     began = time.process_time()
     page_of(run)
     assert time.process_time() - began < 3
+
+
+def test_many_stages_that_stand_in_the_same_place_share_a_box(tmp_path):
+    run = FakeRun(tmp_path)
+    for name, inputs in [("a", []), *((f"t{i}", ["a"]) for i in range(5)), ("other", ["a"]), ("end", ["other", *(f"t{i}" for i in range(5))])]:
+        run.add(name, "train" if inputs == ["a"] else "evaluate", inputs, lambda out, name=name: (out / "x").write_text(name) and None, seconds=10.0)
+    few = lineage.build(RunData({"t0": run.artifacts["t0"], "t1": run.artifacts["t1"]}, roles={}))["dag"]
+    assert [b["name"] for b in few["boxes"]] == ["a", "t0", "t1"]
+    drawn = lineage.build(RunData({"end": run.artifacts["end"]}, roles={}))["dag"]
+    assert [(b["name"], "together" in b["under"]) for b in drawn["boxes"]] == [("a", False), ("6 \N{MULTIPLICATION SIGN} train", True), ("end", False)]
+    assert len(drawn["lines"]) == 2
+
+
+def test_a_suite_that_must_gain_is_not_one_that_measures_forgetting(tmp_path):
+    from ftpipe.report.summary import forgetting_suites
+
+    run = FakeRun(tmp_path)
+    rules = [{"suite": "target", "require": "better"}, {"suite": "target", "require": "not_worse", "by": "slice"}, {"suite": "guarded", "require": "not_worse"}]
+    gate = run.add("gate", "gate", [], lambda out: (out / "verdict.json").write_text("{}") and None, params={"rules": rules})
+    assert forgetting_suites(None, gate) == {"guarded"}
 
 
 def test_every_artifact_of_the_store_is_in_the_lineage(run, page):

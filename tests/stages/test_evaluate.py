@@ -150,7 +150,10 @@ def test_what_was_scored_before_a_crash_is_not_scored_again(world: World, worksp
 
 
 def test_examples_are_answered_by_base_and_candidate(world: World, workspace: Path):
-    examples = pq.read_table(evaluated(world, workspace, "good").file("examples.parquet")).to_pylist()
+    artifact = evaluated(world, workspace, "good")
+    examples = pq.read_table(artifact.file("examples.parquet")).to_pylist()
+    speed = artifact.manifest["notes"]["generation"]
+    assert set(speed) == {"base", "adapter"} and all(0 < s["tokens"] <= 2 * 8 and s["tokens_per_second"] > 0 for s in speed.values())
     assert [e["system"] for e in examples] == ["base", "adapter"] * 2
     assert examples[0]["item_id"] == examples[1]["item_id"] and examples[0]["prompt"].startswith("code ") and examples[0]["reference"].endswith("ok")
 
@@ -211,9 +214,10 @@ def test_settings_that_cannot_work_are_found_when_the_file_is_read(world: World,
 def test_slices_show_where_the_candidate_lost(world: World, workspace: Path):
     artifact = evaluated(world, workspace, "worse", evaluate={"diagnostics": [{"slices": {"min_items": 1}}]})
     table = pq.read_table(artifact.file("diagnostics/slices.parquet")).to_pylist()
-    mine = [r for r in table if r["suite"] == "heldout_loss"]
-    assert len(mine) == 6 and all(r["difference"] < 0 and r["difference"] == pytest.approx(r["base"] - r["adapter"]) for r in mine)
-    assert artifact.json("evaluation.json")["diagnostics"]["slices"]["heldout_loss loss: share of slices that got worse"] == 1.0
+    mine = [r for r in table if (r["suite"], r["by"]) == ("heldout_loss", "slice")]
+    assert len(mine) == 6 and all(r["difference"] < 0 and r["difference"] == pytest.approx(r["other"] - r["adapter"]) for r in mine)
+    numbers = artifact.json("diagnostics/slices.json")["numbers"]
+    assert {n["of"]: n["value"] for n in numbers}["heldout_loss loss by group"] == 1.0
 
 
 def test_own_general_text_and_a_bad_line_in_it(world: World, workspace: Path, tmp_path: Path):
@@ -254,11 +258,10 @@ def test_generated_answers_are_scored_and_their_speed_is_a_note(world: World, wo
 def test_diagnostics_look_at_real_adapters(world: World, workspace: Path):
     chosen = [{"forgetting_law": {"text": {"limit": 4}}}, "learns_less"]
     artifact = evaluated(world, workspace, "zero", controls={"good": "good", "lost": "forgets"}, evaluate={"diagnostics": chosen, "examples": 0})
-    numbers = artifact.json("evaluation.json")["diagnostics"]
-    law = numbers["forgetting_law"]
-    assert abs(law["adapter: excess over the base"]) < 1e-6 < law["good: excess over the base"] < law["lost: excess over the base"]
+    law = {n["system"]: n["value"] for n in artifact.json("diagnostics/forgetting_law.json")["numbers"] if n["measure"] == "excess over the base"}
+    assert abs(law["adapter"]) < 1e-6 < law["good"] < law["lost"] and artifact.json("evaluation.json")["diagnostics"] == ["forgetting_law", "learns_less"]
     table = {r["system"]: r for r in pq.read_table(artifact.file("diagnostics/learns_less.parquet")).to_pylist()}
     assert table["adapter"]["k90_change"] is None and table["adapter"]["learning"] == 0, "nothing was changed"
     assert table["lost"]["forgetting"] > table["good"]["forgetting"] and table["good"]["numerical_rank"] <= table["good"]["rank"] == 4
     assert table["good"]["k90_change"] <= 4 < table["good"]["k90_noise"]
-    assert all(artifact.file(f"diagnostics/{n}.svg").read_text().lstrip().startswith("<?xml") for n in ("forgetting_law", "learns_less"))
+    assert all(artifact.json(f"diagnostics/{n}.json")["plots"] for n in ("forgetting_law", "learns_less"))

@@ -83,6 +83,44 @@ def test_a_required_comparison_that_is_missing_is_a_refusal():
     assert not found["passed"] and "there is no comparison with base" in found["rules"][2]["text"]
 
 
+def test_a_gain_must_exceed_the_noise_floor_where_that_is_asked():
+    c = comparison("heldout_loss", "base", 0.3)
+    for floor, met in ((0.29, True), (0.31, False)):
+        noisy = about("again") | {"replicates": ["again"], "noise": [{"suite": "heldout_loss", "metric": "loss", "floor": floor}]}
+        found = judge([Rule(suite="heldout_loss")], [c], noisy, above_noise=True)
+        assert found["passed"] is met and found["rules"][0]["floor"] == floor and f"noise floor of seeds is {floor:.4f}" in found["rules"][0]["text"]
+        assert len(found["rules"]) == 1, "the same training with another seed is no control that has to be reported"
+        assert judge([Rule(suite="heldout_loss")], [c], noisy)["passed"]
+    assert not judge([Rule(suite="heldout_loss")], [c], about(), above_noise=True)["passed"], "an unknown floor is no proof"
+
+
+def test_a_rule_can_be_asked_of_each_part():
+    parts = {"a": comparison("heldout_loss", "base", 0.3), "b": comparison("heldout_loss", "base", -0.3), "c": comparison("heldout_loss", "base", -9, n=3)}
+    whole = comparison("heldout_loss", "base", 0.1)
+    asked = []
+
+    def on(*rules: Rule, systems: tuple[str, ...] = (), found=parts):
+        return judge(rules, [whole], about(*systems), parted=lambda *of: asked.append(of) or found)
+
+    both = on(Rule(name="everywhere", suite="heldout_loss", by="source", require="not_worse", margin=0.05))
+    assert not both["passed"] and [(r["name"], r["part"], r["passed"]) for r in both["rules"]] == [("everywhere: a", "a", True), ("everywhere: b", "b", False)]
+    assert asked == [("heldout_loss", "loss", "base", "source")] and both["rules"][1]["text"].startswith("b: heldout_loss loss")
+    assert on(Rule(suite="heldout_loss", by="slice", part="a"))["passed"] and not on(Rule(suite="heldout_loss", by="slice", part="c"))["passed"]
+    unknown = on(Rule(suite="heldout_loss", by="slice", part="d"))
+    assert not unknown["passed"] and "there is no part 'd'; those there are: a, b, c" in unknown["rules"][0]["text"]
+    assert not on(Rule(suite="heldout_loss", by="length", min_items=99))["passed"]
+    late = Rule(suite="heldout_loss", by="slice", against="champion")
+    assert on(late)["rules"][0]["skipped"] and on(late)["rules"][0]["passed"] is None
+    assert on(late, systems=("champion",), found={})["rules"][0]["passed"] is False, "a champion without parts is not the same as none"
+    with pytest.raises(ValueError, match="`part` needs `by`"):
+        Rule(suite="heldout_loss", part="a")
+
+
+def test_too_few_items_for_a_margin_are_named():
+    text = verdict(comparison("general_text", "base", 0.0), rules=[Rule(suite="general_text", require="not_worse", margin=0.01)])["rules"][0]["text"]
+    assert "not met (with these items even no loss at all would pass four times in five only with a margin of 0.0300)" in text
+
+
 def test_sentences_hold_the_numbers():
     text = verdict(comparison("heldout_loss", "base", 0.01), comparison("general_text", "base", 0.0))["rules"][0]["text"]
     assert text.startswith("heldout_loss loss is 2.9900, base has 3.0000: better by 0.0100 (95% interval -0.0100 to +0.0300 on 50 items)")

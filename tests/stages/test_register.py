@@ -55,6 +55,31 @@ def test_a_champion_is_kept_against_a_weaker_candidate_and_known_by_the_plan(wor
     assert planned["evaluate"].run and "champion" in planned["evaluate"].reason, "the first one now has somebody to beat"
 
 
+def test_the_champion_and_trainings_with_other_seeds_are_measured_beside_the_candidate(world: World, workspace: Path):
+    went(world, workspace, "good")
+    suites = {"controls": {"again": "forgets", "random": "worse"},
+              "evaluate": {"replicates": ["again"], "examples": 0,
+                           "diagnostics": ["slices", {"calibration": {"limit": 3}}, {"intruder_dimensions": {"top": 2}}]},
+              "gate": {"rules": [{"suite": "heldout_loss", "against": "champion"}, {"suite": "heldout_loss"},
+                                 {"suite": "heldout_loss", "by": "slice", "min_items": 2}, {"suite": "heldout_loss", "against": "controls"}],
+                       "above_noise": True}}
+    done = run(build(config(world, workspace, "zero", **suites)))
+    evaluation, verdict = done.artifacts["evaluate"], done.artifacts["gate"].json("verdict.json")
+    looked = {n: {x["system"] for x in evaluation.json(f"diagnostics/{n}.json")["numbers"]} for n in ("slices", "calibration", "intruder_dimensions")}
+    assert looked == {"slices": {"base", "champion"}, "calibration": {"base", "adapter", "again", "random", "champion"},
+                      "intruder_dimensions": {"adapter", "again", "random", "champion"}}
+    compared = {(c["a"], c["b"]): c for c in evaluation.json("comparisons.json") if c["suite"] == "heldout_loss"}
+    assert compared["champion", "base"]["better"], "the champion's own gain is known too"
+    floor = next(n for n in evaluation.json("evaluation.json")["noise"] if n["suite"] == "heldout_loss")
+    assert floor["runs"] == 2 and floor["largest"] == pytest.approx(abs(compared["adapter", "again"]["difference"]))
+    assert [(r["against"], r["part"], r["floor"] == floor["floor"]) for r in verdict["rules"]] == [
+        ("champion", "", True), ("base", "", True), *(("base", f"module{i}", True) for i in (0, 3)), ("random", "", True)]
+    with pytest.raises(ConfigError, match="which is no control"):
+        build(config(world, workspace, "good", evaluate={"replicates": ["nobody"]}))
+    with pytest.raises(ConfigError, match="has no `replicates`"):
+        build(config(world, workspace, "good", gate={"above_noise": True})).check()
+
+
 def test_a_roll_back_by_hand_is_not_undone_by_an_unchanged_run(world: World, workspace: Path):
     weaker = {"rules": [{"suite": "heldout_loss"}]}
     went(world, workspace, "good")
@@ -74,6 +99,7 @@ def test_a_version_that_is_gone_is_registered_again(world: World, workspace: Pat
 
 
 def test_the_folder_holds_what_others_need(world: World, workspace: Path):
+    from huggingface_hub import ModelCard
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -92,6 +118,13 @@ def test_the_folder_holds_what_others_need(world: World, workspace: Path):
     result = front["model-index"][0]["results"][0]
     comparisons = json.loads((folder / "evidence" / "comparisons.json").read_text())
     assert result["metrics"][0]["value"] == pytest.approx(comparisons[0]["mean_a"], abs=1e-6)
+    card = ModelCard(text)
+    own = [c for c in comparisons if (c["a"], c["b"]) == ("adapter", "base")]
+    assert [r.metric_value for r in card.data.eval_results] == [pytest.approx(c["mean_a"], abs=1e-6) for c in own]
+    assert card.data.metrics == ["loss"] and card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+    limits = text[text.index("## Limits"): text.index("## Verdict")]
+    assert "8 items of heldout_loss, 32 items of general_text only" in limits and "Forgetting: on general_text it is " in limits
+    assert "the luck of the seed is in no interval" in limits and "refuses what it should was not measured" in limits and "slices: Parts in which" in limits
     assert "better than the base" in (folder / "evidence" / "verdict.json").read_text() and "| rows | planted_rows |" in text
 
 
@@ -129,7 +162,7 @@ def test_an_adapter_that_was_not_saved_as_it_was_trained_is_not_registered(world
     assert ledger.list_models(env) == [] and not list(ledger.folder(env, "demo").glob(".building*"))
 
 
-@pytest.mark.parametrize("evaluate, registers, said", [({}, {"registered_as": "other"}, "set `registered_as` and `alias` alike"),
+@pytest.mark.parametrize("evaluate, registers, said", [({}, {"registered_as": "other"}, "set `registered_as` alike"),
                                                        ({}, {"alias": "latest"}, "for itself"), ({}, {"alias": "9x"}, "pattern")])
 def test_settings_that_do_not_fit_are_found_before_anything_runs(world: World, workspace: Path, evaluate, registers, said):
     with pytest.raises(ConfigError, match=said):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from ftpipe.data.rows import HELDOUT
 from ftpipe.errors import DataError
-from ftpipe.evaluate.diagnostics._shared import svg, table
-from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
+from ftpipe.evaluate.diagnostics._shared import each, table
+from ftpipe.evaluate.diagnostics.base import Chart, Diagnostic, Evidence, Finding, Measure, Number, Series
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +30,15 @@ class Calibration(Diagnostic):
     is no more than chance. Accuracy is among the numbers, because a model that always says how often tokens are right is calibrated and knows nothing.
     """
 
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "matplotlib")
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
     support: ClassVar[tuple[str, ...]] = ("ftpipe.models.service", "ftpipe.models.loading")
+    question: ClassVar[str] = "Are its probabilities as often right as they say?"
+    measures: ClassVar[dict[str, Measure]] = {
+        "expected calibration error": Measure("share", "mean distance between how sure it is of a token and how often it is right; less is better"),
+        "mean confidence": Measure("share", "mean probability of the token that it holds for the likeliest; above the share right it is too sure of itself"),
+        "share right": Measure("share", "tokens of the answers that were its likeliest guess"),
+        "positions": Measure("count", "tokens looked at; an error below about one over their square root is no more than chance"),
+    }
 
     bins: int = Field(default=15, ge=2, le=1000, description="Equal parts of the range of confidence.")
     limit: int = Field(default=200, ge=0, description="Use only so many held-out rows, the first; 0 uses all.")
@@ -42,21 +49,26 @@ class Calibration(Diagnostic):
         held = evidence.rows.table(HELDOUT, ["format", "messages", "chosen", "rejected", "text"]).to_pylist() if evidence.rows else []
         held = held[: self.limit or None]
         rows: list[tuple] = []
-        numbers: dict[str, float] = {}
+        numbers: list[Number] = []
+        told: dict[str, str] = {}
         systems = {"base": None, **evidence.adapters}
-        for done, (system, artifact) in enumerate(systems.items(), 1):
-            service = ModelService.open(evidence.model, evidence.env, adapter=artifact.file("adapter") if artifact else None, dtype="float32")
+        for done, (system, tuned) in enumerate(systems.items(), 1):
+            service = ModelService.open(evidence.model, evidence.env, adapter=tuned.folder if tuned else None, dtype="float32")
             shown = [r for r in service.renderer.rows(held) if not isinstance(r, Exception) and len(r.input_ids) > 1]
             confidence, right = certainties(service, shown)
             if not len(right):
                 raise DataError("no held-out row has a trained token", where="calibration", remedy="hold rows with answers out, or leave this diagnostic out")
             error, parts = expected_calibration_error(confidence, right, self.bins)
             rows += [(system, *part) for part in parts]
-            numbers |= {f"{system}: expected calibration error": error, f"{system}: mean confidence": float(confidence.mean()),
-                        f"{system}: share right": float(right.mean()), f"{system}: positions": float(len(right))}
+            told[system] = f"{error:.1%}"
+            numbers += [Number(measure, value, system) for measure, value in zip(self.measures, (error, float(confidence.mean()), float(right.mean()),
+                                                                                                 float(len(right))))]
             evidence.progress(done, len(systems))
         columns = {"system": "string", "low": "double", "high": "double", "n": "int64", "confidence": "double", "right": "double"}
-        return Finding(numbers, table(columns, rows), svg(lambda axes: _draw(axes, rows), width=4, height=4))
+        words = f"Probabilities of the next token are off by, on average: {each(told)}; on {len(right)} tokens about {len(right) ** -0.5:.1%} would be chance."
+        even = Series("as often as said", [0, 1], [0, 1], guide=True)
+        lines = [Series(system, [r[4] for r in rows if r[0] == system], [r[5] for r in rows if r[0] == system]) for system in systems]
+        return Finding(words, numbers, table(columns, rows), [Chart("Share right by confidence", "confidence", "share right", [even, *lines], (0, 1))])
 
 
 def certainties(service: ModelService, rendered: list[Rendered]) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +102,3 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: 
         if mine.any():
             parts.append((b / bins, (b + 1) / bins, int(mine.sum()), float(confidence[mine].mean()), float(right[mine].mean())))
     return sum(n * abs(share - mean) for _, _, n, mean, share in parts) / len(confidence), parts
-
-
-def _draw(axes: Any, rows: list[tuple]) -> None:
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
-    for system in dict.fromkeys(r[0] for r in rows):
-        mine = [r for r in rows if r[0] == system]
-        axes.plot([r[4] for r in mine], [r[5] for r in mine], marker="o", label=system)
-    axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ftpipe.evaluate.diagnostics._shared import svg, table
-from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
+from ftpipe.evaluate.diagnostics._shared import each, table
+from ftpipe.evaluate.diagnostics.base import Diagnostic, Dots, Evidence, Finding, Measure, Number
 from ftpipe.evaluate.suites.diversity import APART, DISTINCT, UNIQUE
 from ftpipe.tables import connect
 
@@ -17,7 +17,12 @@ class Diversity(Diagnostic):
     Intervals of the differences are among the evaluation's comparisons.
     """
 
-    libraries: ClassVar[tuple[str, ...]] = ("matplotlib",)
+    question: ClassVar[str] = "Did training narrow what it says?"
+    measures: ClassVar[dict[str, Measure]] = {
+        "unique answers": Measure("share", "different answers among the samples of one question; 0 where all are the same"),
+        "distinct ngrams": Measure("share", "different runs of words among all of the samples; falls with the length of the answers"),
+        "ngram distance": Measure("share", "runs of words that two samples do not share, mean over pairs; 0 for the same answer again and again"),
+    }
 
     def diagnose(self, evidence: Evidence) -> Finding:
         with connect() as con:
@@ -27,16 +32,14 @@ class Diversity(Diagnostic):
                 from items s join items b using (suite, metric, item_id) where b.system = 'base' and s.metric in $metrics
                 group by s.suite, s.metric, s.system order by s.suite, s.metric, s.system <> 'base', s.system""",
                 params={"metrics": [UNIQUE, DISTINCT, APART]}).fetchall()
-        numbers = {f"{system}: {metric.replace('_', ' ')} on {suite}": mean for suite, metric, system, _, mean, _ in rows}
+        numbers = [Number(metric.replace("_", " "), mean, system, suite) for suite, metric, system, _, mean, _ in rows]
+        suites = list(dict.fromkeys(r[0] for r in rows))
+        said = [f"{suite}: {each({r[2]: f'{r[4]:.0%}' for r in rows if r[:2] == (suite, APART)})}" for suite in suites]
+        words = f"Runs of words that two samples do not share, on {'; '.join(said)}." if said else "No suite of the method `diversity` was asked."
+        systems = list(dict.fromkeys(r[2] for r in rows))
+        value = {r[:3]: r[4] for r in rows}
+        places = list(dict.fromkeys(r[:2] for r in rows))
+        dots = Dots("Diversity of the answers", "more is more diverse", [f"{metric.replace('_', ' ')}, {suite}" for suite, metric in places],
+                    {system: [value.get((*place, system)) for place in places] for system in systems})
         columns = {"suite": "string", "metric": "string", "system": "string", "n": "int64", "mean": "double", "base": "double"}
-        return Finding(numbers, table(columns, rows), svg(lambda axes: _draw(axes, rows)) if rows else None)
-
-
-def _draw(axes: Any, rows: list[tuple]) -> None:
-    places = list(dict.fromkeys((suite, metric) for suite, metric, *_ in rows))
-    for system in dict.fromkeys(r[2] for r in rows):
-        mine = [r for r in rows if r[2] == system]
-        axes.scatter([places.index(r[:2]) for r in mine], [r[4] for r in mine], label=system)
-    axes.set_xticks(range(len(places)), [f"{metric.replace('_', ' ')}\n{suite}" for suite, metric in places], fontsize="small")
-    axes.set(ylabel="diversity of the answers", ylim=(-0.03, 1.03))
-    axes.legend(frameon=False)
+        return Finding(words, numbers, table(columns, rows), [dots] if rows else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ftpipe.errors import DataError
-from ftpipe.evaluate.diagnostics._shared import svg, table
-from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
+from ftpipe.evaluate.diagnostics._shared import each, table
+from ftpipe.evaluate.diagnostics.base import Chart, Diagnostic, Evidence, Finding, Measure, Number, Series
 from ftpipe.evaluate.suites.base import Given
 from ftpipe.evaluate.suites.general_text import GeneralText
+from ftpipe.models.adapters import read_manifest
 from ftpipe.stages.base import Environment
 
 if TYPE_CHECKING:
@@ -43,8 +43,22 @@ class ForgettingLaw(Diagnostic):
     """
 
     paper: ClassVar[str] = "Scaling Laws for Forgetting When Fine-Tuning Large Language Models"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "scipy", "matplotlib")
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.models.service", "ftpipe.models.loading")
+    question: ClassVar[str] = "How does forgetting grow with what is learnt, with rank and with steps?"
+    measures: ClassVar[dict[str, Measure]] = {
+        "excess over the base": Measure("nats per token", "forgetting on general text: divergence from what the base would say; 0 is none"),
+        "entropy of the base": Measure("nats per token", "what the base itself has; forgetting is counted from here"),
+        "positions": Measure("count", "tokens of general text looked at"),
+        "law 1: slope": Measure("", "forgetting for each nat of loss on what was to be learnt"),
+        "law 1: R^2": Measure("", "how much of the forgetting the straight line explains; 1 is all"),
+        "law 2: error of the law on the cells left out": Measure("nats per token", "how far the power law is off where it was not fitted"),
+        "law 2: error of a constant on the cells left out": Measure("nats per token", "the same of a constant"),
+        "law 2: error of a plane on the cells left out": Measure("nats per token", "the same of a plane in the logarithms of size and steps"),
+        "law 2: holds (1) or not (0)": Measure("", "whether it predicts the cells left out better than both"),
+        "law 2: alpha": Measure("", "exponent of the number of trained weights"), "law 2: beta": Measure("", "exponent of the number of steps"),
+        "law 2: rho": Measure("", "exponent of the sum"), "law 2: limit s": Measure("nats per token", "what forgetting rises towards"),
+    }
 
     text: GeneralText = Field(default=GeneralText(), description="The general text that forgetting is measured on.")
     learning: str = Field(default="heldout_loss", description="Suite whose loss says how much was learnt.")
@@ -65,21 +79,24 @@ class ForgettingLaw(Diagnostic):
         entropy, positions = soft_cross_entropy(base.model, base.model, texts)
         losses = _losses(evidence.items, self.learning)
         rows: list[tuple] = [("base", 0, 0, losses.get("base"), entropy, 0.0)]
-        for done, (system, artifact) in enumerate(evidence.adapters.items(), 1):
-            service = opened(artifact.file("adapter"))
+        for done, (system, tuned) in enumerate(evidence.adapters.items(), 1):
+            service = opened(tuned.folder)
             forgetting, _ = soft_cross_entropy(base.model, service.model, texts)
-            told = artifact.json("train.json") if artifact.has("train.json") else {}
-            weights = json.loads((artifact.file("adapter") / "ftpipe_adapter.json").read_text(encoding="utf-8")).get("trainable")
+            told, weights = tuned.training, read_manifest(tuned.folder).get("trainable")
             rows.append((system, told.get("trainable", weights), told.get("steps"), losses.get(system), forgetting, forgetting - entropy))
             evidence.progress(done, len(evidence.adapters))
-        numbers = {"entropy of the base": entropy, "positions": float(positions)} | {f"{r[0]}: excess over the base": r[5] for r in rows[1:]}
+        numbers = [*(Number("excess over the base", r[5], r[0]) for r in rows[1:]), Number("entropy of the base", entropy),
+                   Number("positions", float(positions))]
         known = [r for r in rows[1:] if r[3] is not None]
         line = affine([r[3] for r in known], [r[4] for r in known])
         if line:
-            numbers |= {"law 1: slope": line[0], "law 1: R^2": line[2]}
-        numbers |= {f"law 2: {name}": value for name, value in law_on_unseen_cells([r for r in rows[1:] if r[1] and r[2]]).items()}
+            numbers += [Number("law 1: slope", line[0]), Number("law 1: R^2", line[2])]
+        numbers += [Number(f"law 2: {name}", value) for name, value in law_on_unseen_cells([r for r in rows[1:] if r[1] and r[2]]).items()]
+        words = f"Forgetting on general text, in nats per token beyond the base's own entropy: {each({r[0]: f'{r[5]:.4f}' for r in rows[1:]})}."
+        if len(known) < 3:
+            words += " Laws are fitted to three adapters or more."
         columns = {"system": "string", "trained_weights": "int64", "steps": "int64", "learning_loss": "double", "forgetting": "double", "excess": "double"}
-        return Finding(numbers, table(columns, rows), svg(lambda axes: _draw(axes, rows, line)))
+        return Finding(words, numbers, table(columns, rows), _plots(rows, line))
 
 
 def soft_cross_entropy(base: Any, tuned: Any, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
@@ -191,13 +208,11 @@ def _losses(items: Any, suite: str) -> dict[str, float]:
     return {system: s / w for system, (s, w) in total.items() if w}
 
 
-def _draw(axes: Any, rows: list[tuple], line: tuple[float, float, float] | None) -> None:
+def _plots(rows: list[tuple], line: tuple[float, float, float] | None) -> list[Chart]:
     points = [r for r in rows if r[3] is not None]
-    for system, _, _, loss, forgetting, _ in points:
-        axes.scatter([loss], [forgetting], label=system)
+    series = [Series(system, [loss], [forgetting]) for system, _, _, loss, forgetting, _ in points]
     if line:
         ends = [min(r[3] for r in points), max(r[3] for r in points)]
-        axes.plot(ends, [line[0] * x + line[1] for x in ends], color="0.6", linestyle=":")
-    axes.set(xlabel="loss on the suite of learning (nats)", ylabel="forgetting L_f (nats)")
-    if points:
-        axes.legend(frameon=False, fontsize="small")
+        series.insert(0, Series("law 1", ends, [line[0] * x + line[1] for x in ends], guide=True))
+    title, x, y = "Forgetting against what was learnt", "loss on what was to be learnt (nats per token)", "forgetting (nats per token)"
+    return [Chart(title, x, y, series)] if points else []

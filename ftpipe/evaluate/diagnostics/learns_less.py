@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from ftpipe.evaluate.diagnostics._shared import changed_matrices, svg, table
-from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
+from ftpipe.evaluate.diagnostics._shared import called, changed_matrices, table
+from ftpipe.evaluate.diagnostics.base import Chart, Diagnostic, Evidence, Finding, Measure, Number, Series, Tuned
+from ftpipe.models.adapters import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,18 @@ class LearnsLess(Diagnostic):
     """
 
     paper: ClassVar[str] = "LoRA Learns Less and Forgets Less"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "matplotlib")
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
     support: ClassVar[tuple[str, ...]] = ("ftpipe.models.loading",)
+    question: ClassVar[str] = "What was learnt, and what did it cost in forgetting?"
+    measures: ClassVar[dict[str, Measure]] = {
+        "learning": Measure("the metric's unit", "mean gain over the base on what was to be learnt"),
+        "forgetting": Measure("the metric's unit", "mean loss against the base on what it could do before; less is better"),
+        "k90 change": Measure("directions", "how many directions hold 90 % of the change of a weight; median over weights"),
+        "k90 base": Measure("directions", "the same of the base's weights themselves"),
+        "k90 noise": Measure("directions", "the same of random numbers; a change like this is no sign of learning of high rank"),
+        "numerical rank": Measure("directions", "largest rank of the change of any weight"),
+        "durations": Measure("count", "trainings of different length of one kind; a curve needs three"),
+    }
 
     learning: list[str] = Field(default=["heldout_loss"], min_length=1, description="Suites that say what was learnt.")
     forgetting: list[str] = Field(default=["general_text"], min_length=1, description="Suites that say what was forgotten; chosen before training.")
@@ -60,11 +70,15 @@ class LearnsLess(Diagnostic):
         for row in rows:
             rivals = [r for r in rows if all(r[k] == row[k] for k in ("arm", "rank", "steps")) and r["learning"] is not None]
             row["chosen"] = row["learning"] is not None and row is max(rivals, key=lambda r: r["learning"])
-        numbers = {f"{r['system']}: {name.replace('_', ' ')}": float(r[name]) for r in rows
-                   for name in ("learning", "forgetting", "k90_change", "k90_base", "k90_noise", "numerical_rank") if r[name] is not None}
+        numbers = [Number(name.replace("_", " "), float(r[name]), r["system"]) for r in rows
+                   for name in ("learning", "forgetting", "k90_change", "k90_base", "k90_noise", "numerical_rank") if r[name] is not None]
         for arm in dict.fromkeys(_curve(r) for r in rows):
-            numbers[f"{arm}: durations"] = float(len({r["steps"] for r in rows if _curve(r) == arm and r["steps"] is not None}))
-        return Finding(numbers, table(COLUMNS, [tuple(r[c] for c in COLUMNS) for r in rows]), svg(lambda axes: _draw(axes, rows)) if rows else None)
+            steps = {r["steps"] for r in rows if _curve(r) == arm and r["steps"] is not None}
+            numbers.append(Number("durations", float(len(steps)), of=arm))
+        said = [f"{called(r['system'])} ({_curve(r)}) learnt {r['learning']:+.3f} and forgot {r['forgetting']:+.3f}" for r in rows
+                if r["learning"] is not None and r["forgetting"] is not None]
+        words = "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "." if said else "What was learnt or forgotten was not measured."
+        return Finding(words, numbers, table(COLUMNS, [tuple(r[c] for c in COLUMNS) for r in rows]), _plots(rows))
 
     def _ranks(self, changed: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
         import torch
@@ -96,10 +110,10 @@ def k90(values: torch.Tensor, share: float = 0.9) -> int:
     return int(torch.searchsorted(squares.cumsum(0) / total, share * (1 - 1e-9)).item()) + 1 if total > 0 else 0
 
 
-def _training(artifact: Any) -> dict[str, Any]:
+def _training(tuned: Tuned) -> dict[str, Any]:
     """arm, rank, steps and learning rate, as the adapter and its training tell; None where they do not."""
-    (arm, fields), = json.loads((artifact.file("adapter") / "ftpipe_adapter.json").read_text(encoding="utf-8"))["method"].items()
-    told = artifact.json("train.json") if artifact.has("train.json") else {}
+    (arm, fields), = read_manifest(tuned.folder)["method"].items()
+    told = tuned.training
     return {"arm": arm, "rank": (fields or {}).get("r"), "steps": told.get("steps"), "learning_rate": told.get("settings", {}).get("learning_rate")}
 
 
@@ -107,11 +121,8 @@ def _curve(row: dict[str, Any]) -> str:
     return row["arm"] if row["rank"] is None else f"{row['arm']} r={row['rank']}"
 
 
-def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
-    shown = [r for r in rows if r["chosen"] and r["forgetting"] is not None]
-    for curve in dict.fromkeys(_curve(r) for r in shown):
-        points = sorted((r for r in shown if _curve(r) == curve), key=lambda r: (r["steps"] or 0, r["system"]))
-        axes.plot([r["forgetting"] for r in points], [r["learning"] for r in points], marker="o", label=curve)
-    axes.set(xlabel="forgetting: loss against the base", ylabel="learning: gain over the base")
-    if shown:
-        axes.legend(frameon=False)
+def _plots(rows: list[dict[str, Any]]) -> list[Chart]:
+    shown = sorted((r for r in rows if r["chosen"] and r["forgetting"] is not None), key=lambda r: (r["steps"] or 0, r["system"]))
+    lines = [Series(curve, [r["forgetting"] for r in shown if _curve(r) == curve], [r["learning"] for r in shown if _curve(r) == curve])
+             for curve in dict.fromkeys(map(_curve, shown))]
+    return [Chart("Learning against forgetting", "forgotten: loss against the base", "learnt: gain over the base", lines)] if lines else []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from statistics import mean, stdev
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from ftpipe.evaluate.diagnostics._shared import svg, table
-from ftpipe.evaluate.diagnostics.base import Diagnostic, Evidence, Finding
+from ftpipe.evaluate.diagnostics._shared import each, table
+from ftpipe.evaluate.diagnostics.base import Diagnostic, Dots, Evidence, Finding, Measure, Number
 from ftpipe.evaluate.suites.rephrased import OBSERVED, UNOBSERVED
 from ftpipe.tables import connect
 
@@ -26,7 +26,16 @@ class PromptSensitivity(Diagnostic):
     """
 
     paper: ClassVar[str] = "Evaluating the Zero-shot Robustness of Instruction-tuned Language Models"
-    libraries: ClassVar[tuple[str, ...]] = ("matplotlib",)
+    question: ClassVar[str] = "How much hangs on how a question is worded?"
+    measures: ClassVar[dict[str, Measure]] = {
+        "mean over wordings": Measure("", "mean score, every wording counting alike"),
+        "worst wording": Measure("", "mean score under the wording that it did worst with"),
+        "mean over observed wordings": Measure("", "mean score under wordings that training showed"),
+        "mean over unobserved wordings": Measure("", "mean score under wordings that training did not show"),
+        "standard deviation over observed wordings": Measure("", "how far the scores of such wordings lie apart"),
+        "standard deviation over unobserved wordings": Measure("", "how far the scores of such wordings lie apart"),
+        "gap, observed less unobserved": Measure("", "how much worse new wordings do; about 0 is what one wants"),
+    }
 
     wordings: int = Field(default=5, ge=2, description="Wordings of a kind from which on a standard deviation is given.")
 
@@ -42,15 +51,17 @@ class PromptSensitivity(Diagnostic):
         by: dict[str, dict[tuple[str, str], list[tuple]]] = {}
         for cell in cells:
             by.setdefault(cell[0], {}).setdefault(cell[1:3], []).append(cell)
-        numbers: dict[str, float] = {}
+        numbers: list[Number] = []
         for system, tasks in by.items():
             found: dict[str, list[float]] = {}
-            for each in tasks.values():
-                for name, value in self._of(each).items():
+            for cells_of_one in tasks.values():
+                for name, value in self._of(cells_of_one).items():
                     found.setdefault(name, []).append(value)
-            numbers |= {f"{system}: {name}": mean(values) for name, values in found.items()}
+            numbers += [Number(name, mean(values), system) for name, values in found.items()]
+        gaps = {n.system: f"{n.value:+.3f}" for n in numbers if n.measure == "gap, observed less unobserved"}
+        words = f"New wordings do worse than known ones by: {each(gaps)} (positive is worse)." if gaps else "No suite of the method `rephrased` was asked."
         columns = {"system": "string", "suite": "string", "metric": "string", "wording": "string", "observed": "bool", "n": "int64", "score": "double"}
-        return Finding(numbers, table(columns, [c[:7] for c in cells]), svg(lambda axes: _draw(axes, cells)) if cells else None)
+        return Finding(words, numbers, table(columns, [c[:7] for c in cells]), _plots(cells))
 
     def _of(self, cells: list[tuple]) -> dict[str, float]:
         """The figures of one system on one suite and metric; cells as in the table, and whether more is better."""
@@ -67,11 +78,13 @@ class PromptSensitivity(Diagnostic):
         return found
 
 
-def _draw(axes: Any, cells: list[tuple]) -> None:
-    systems = list(dict.fromkeys(c[0] for c in cells))
-    for observed, shift, marker in ((True, -0.12, "o"), (False, 0.12, "x")):
-        points = [(systems.index(c[0]) + shift, c[6]) for c in cells if c[4] is observed]
-        axes.scatter([x for x, _ in points], [y for _, y in points], marker=marker, label="observed" if observed else "unobserved")
-    axes.set_xticks(range(len(systems)), systems)
-    axes.set(ylabel="score of a wording")
-    axes.legend(frameon=False)
+def _plots(cells: list[tuple]) -> list[Dots]:
+    """The score of each wording under each system, a plot for each suite and metric."""
+    found = []
+    for suite, metric in dict.fromkeys(c[1:3] for c in cells):
+        mine = [c for c in cells if c[1:3] == (suite, metric)]
+        wordings = list(dict.fromkeys(c[3] for c in mine))
+        value = {(c[0], c[3]): c[6] for c in mine}
+        found.append(Dots(f"Score by wording: {suite}, {metric}", metric, wordings,
+                          {system: [value.get((system, w)) for w in wordings] for system in dict.fromkeys(c[0] for c in mine)}))
+    return found

@@ -33,7 +33,7 @@ class Item:
 
     id: unique within its suite. content: hash of all that decides a system's score on it, beside the suite's settings; results are kept by it.
     slice: group it belongs to, for tables by group and for resampling whole groups. suite: the name it is reported under. ask: whatever
-    `measure` needs.
+    `measure` needs. source: where its row was read from, if it is one.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Item:
     slice: str
     suite: str
     ask: Any
+    source: str = ""
 
 
 @dataclass(frozen=True)

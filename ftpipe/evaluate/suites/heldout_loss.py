@@ -27,13 +27,13 @@ class HeldoutLoss(Suite):
     limit: int = Field(default=0, ge=0, description="Use only so many held-out rows, the first in their order; 0 uses all.")
 
     def items(self, given: Given) -> list[Item]:
-        table = given.rows.table(HELDOUT, ["row_id", "content_id", "format", "messages", "chosen", "rejected", "text", "group"])
+        table = given.rows.table(HELDOUT, ["row_id", "content_id", "format", "messages", "chosen", "rejected", "text", "group", "source"])
         rows = (table.slice(0, self.limit) if self.limit else table).to_pylist()
         if not rows:
             raise DataError(f"{given.rows.artifact.name} has no held-out rows", where="evaluate",
                             remedy="set `heldout` in the ingest stage, and name a rows stage that passes them on")
         suite, = self.labels()
-        return [Item(id=r["row_id"], content=r["content_id"], slice=r["group"], suite=suite, ask=r) for r in rows]
+        return [Item(id=r["row_id"], content=r["content_id"], slice=r["group"], suite=suite, ask=r, source=r["source"] or "") for r in rows]
 
     def measure(self, system: System, items: Sequence[Item]) -> Iterator[tuple[Item, list[Score]]]:
         yield from token_losses(system, items, [i.ask for i in items])

@@ -81,11 +81,12 @@ def thousands(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
 
 
-def system_colour(name: str, controls: list[str]) -> str:
-    """The colour that a system has in every plot of the page."""
-    if name in COLOUR and name in ("base", "adapter", "champion"):
-        return COLOUR[name]
-    return COLOUR["control" if not controls or name == controls[0] else "control2"]
+def roles(names: list[str], controls: list[str]) -> dict[str, str]:
+    """The role of `COLOUR` for each series: a system has the same on the whole page, whatever else there is gets one of its own while they last."""
+    own = {"base": "base", "adapter": "adapter", "champion": "champion"} | dict(zip(controls, ("control", "control2")))
+    free = [f"c{i}" for i in (3, 4, 7, 6, 5, 1, 0, 2)]
+    others = [n for n in names if n not in own]
+    return {n: own.get(n) or free[others.index(n) % len(free)] for n in names}
 
 
 def _inline(svg: str, width: int, height: int, name: str, label: str) -> str:

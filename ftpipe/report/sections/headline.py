@@ -18,7 +18,7 @@ def build(run: RunData) -> dict[str, Any]:
     found = run.summary
     lead = found["primary"]
     said = _lead(lead["row"], lead["comparison"]) if lead else [
-        *(f for s in run.studies for f in study.findings(s.json("study.json"))), *(f for d in run.data for f in data.findings(d.json("description.json")))]
+        *(f for s in run.studies for f in study.lead(s.json("study.json"))), *(f for d in run.data for f in data.findings(d.json("description.json")))]
     return {"state": _state(found), "title": _title(run), "lead": said, "further": _further(run),
             "tiles": _tiles(run), "facts": _facts(run)}
 
@@ -44,17 +44,18 @@ def _title(run: RunData) -> str:
     if found["rows"]:
         return "An adapter, measured"
     if run.studies:
-        return " · ".join(" / ".join(s.json("study.json")["arms"]) for s in run.studies)
+        return " · ".join(study.title(s.json("study.json")) for s in run.studies)
     return "What the rows are like" if run.data else "A run, and what became of its rows"
 
 
 def _further(run: RunData) -> list[str]:
     """What else decides: the control, forgetting, and why it was refused."""
-    found, said = run.summary, []
+    found = run.summary
+    said = [f for s in run.studies for f in study.forgotten(s.json("study.json"))]
     lead = found["primary"]
     if lead:
         for other, comparison in lead["row"]["against"].items():
-            if other in run.controls:
+            if other in run.controls and other not in run.about.get("replicates", []):
                 said.append(_control(other, comparison))
     for row in found["rows"]:
         if row["forgetting"] and BASE in row["against"]:
@@ -119,7 +120,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
     lead = found["primary"]
     if lead:
         tiles.append(_tile("Against the base model", lead["row"], lead["comparison"]))
-        control = next((name for name in lead["row"]["against"] if name in run.controls), None)
+        control = next((name for name in lead["row"]["against"] if name in run.controls and name not in run.about.get("replicates", [])), None)
         if control:
             tiles.append(_tile("Against random rows" if "random" in control else f"Against {control}", lead["row"], lead["row"]["against"][control]))
     forgot = next((r for r in found["rows"] if r["forgetting"] and BASE in r["against"]), None)

@@ -12,6 +12,8 @@ from ftpipe.report.plots.dag import BOX, TALL, layout
 from ftpipe.report.sections.training import _flat
 
 LETTERS = 21
+MANY = 5
+"""Stages of one kind that are made of the same and read by the same share a box from this number on."""
 
 
 def build(run: RunData) -> dict[str, Any] | None:
@@ -48,15 +50,31 @@ def _short(value: str) -> str:
     return value if len(value) <= 80 else value[:77] + "…"
 
 
+def _alike(run: RunData) -> dict[str, str]:
+    """Names of stages by that of the box they are shown in: the steps of a chain share one, and so do many stages that stand in the same place."""
+    box = {a.name: _group(a.name) for a in run.artifacts}
+    readers: dict[str, set[str]] = {}
+    for artifact in run.artifacts:
+        for entry in artifact.manifest["inputs"].values():
+            readers.setdefault(entry["name"], set()).add(box[artifact.name])
+    places: dict[tuple, list[str]] = {}
+    for a in run.artifacts:
+        if list(box.values()).count(box[a.name]) == 1:
+            places.setdefault((a.kind, frozenset(e["name"] for e in a.manifest["inputs"].values()), frozenset(readers.get(a.name, ()))), []).append(a.name)
+    return box | {name: f"{len(names)} \N{MULTIPLICATION SIGN} {kind.replace('_', ' ')}"
+                  for (kind, *_), names in places.items() if len(names) >= MANY for name in names}
+
+
 def _dag(run: RunData) -> dict[str, Any]:
-    """Boxes for stages; the steps of a chain share one."""
+    """Boxes for stages; see `_alike`."""
+    box = _alike(run)
     groups: dict[str, list[Artifact]] = {}
     for artifact in run.artifacts:
-        groups.setdefault(_group(artifact.name), []).append(artifact)
-    read = {g: [_group(e["name"]) for a in members for e in a.manifest["inputs"].values()] for g, members in groups.items()}
+        groups.setdefault(box[artifact.name], []).append(artifact)
+    read = {g: [box.get(e["name"], "") for a in members for e in a.manifest["inputs"].values()] for g, members in groups.items()}
     edges = {g: [i for i in dict.fromkeys(inputs) if i in groups and i != g] for g, inputs in read.items()}
     try:
-        placed = layout(edges, frozenset((_group(ref), g) for g, members in groups.items() for a in members for ref in a.meta.get("rows_from", [])))
+        placed = layout(edges, frozenset((box.get(ref, ref), g) for g, members in groups.items() for a in members for ref in a.meta.get("rows_from", [])))
     except ValueError:  # steps of two chains that feed each other: a group would be above and below itself
         groups = {a.name: [a] for a in run.artifacts}
         placed = layout({a.name: [e["name"] for e in a.manifest["inputs"].values() if e["name"] in groups] for a in run.artifacts})
@@ -64,8 +82,11 @@ def _dag(run: RunData) -> dict[str, Any]:
     for name, members in groups.items():
         x, y = placed["boxes"][name]
         last = members[-1]
-        kind = f"{len(members)} steps" if len(members) > 1 else "" if last.kind == name else last.kind.replace("_", " ").removeprefix("curate ")
+        chain = len(members) > 1 and name == _group(last.name)
+        kind = f"{len(members)} steps" if chain else "" if len(members) > 1 or last.kind == name else last.kind.replace("_", " ").removeprefix("curate ")
         took = f"{count(last.counts['rows_kept'])} rows" if "rows_kept" in last.counts else duration(seconds(last))
+        if len(members) > 1 and not chain:
+            took = f"{duration(sum(seconds(a) or 0.0 for a in members))} together"
         role = "decision" if last in (run.verdict, run.registration) else "training" if last in run.trainings else "stage"
         shown = name if len(name) <= LETTERS else name[:LETTERS - 1] + "…"
         boxes.append({"x": x, "y": y, "name": shown, "under": " · ".join(filter(None, (kind, took))), "role": role})

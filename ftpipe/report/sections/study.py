@@ -9,6 +9,7 @@ from ftpipe.report.collect import RunData
 from ftpipe.report.numbers import NONE, count, digits_for, interval, number, percent, seconds, size
 from ftpipe.report.plots.forest import forest
 from ftpipe.report.plots.pareto import pareto
+from ftpipe.report.sections.comparison import noise_words
 from ftpipe.report.summary import in_words, unit
 from ftpipe.report.text import brief
 
@@ -32,6 +33,36 @@ def findings(study: dict[str, Any]) -> list[str]:
         digits = _digits(c)
         numbers = f"{number(c['difference'], digits, sign=True)}, {interval(c['low'], c['high'], digits, sign=True)}"
         said.append(f"{c['a']} against {c['b']} on {c['suite']}: {in_words(c)} ({numbers}).")
+    return said
+
+
+def title(study: dict[str, Any]) -> str:
+    """A few arms by their names, more of them by their number."""
+    arms = list(study["arms"])
+    return " / ".join(arms) if len(arms) <= 3 else f"{len(arms)} ways of training, side by side"
+
+
+def lead(study: dict[str, Any]) -> list[str]:
+    """The first suite that does not measure forgetting: which arms did better or worse than those that all are compared with, in a sentence each."""
+    return _verdicts(study, forgetting=False)
+
+
+def forgotten(study: dict[str, Any]) -> list[str]:
+    """The same of the first suite that measures forgetting."""
+    return _verdicts(study, forgetting=True)
+
+
+def _verdicts(study: dict[str, Any], *, forgetting: bool) -> list[str]:
+    first = next(((m["suite"], m["metric"]) for m in study["means"] if (m["suite"] in study["forgetting"]) == forgetting), None)
+    said = []
+    for other in study["against"] or [BASE]:
+        found: dict[str, list[str]] = {"better": [], "worse": [], "no difference can be claimed": []}
+        compared = [c for c in study["comparisons"] if (c["suite"], c["metric"]) == first and c["b"] == other and c["a"] != other]
+        for c in sorted(compared, key=lambda c: -c["difference"]):
+            found[in_words(c)].append(c["a"] + (f" ({number(c['difference'], _digits(c), sign=True)})" if in_words(c) in ("better", "worse") else ""))
+        told = "; ".join(f"{words}: {', '.join(arms)}" for words, arms in found.items() if arms)
+        if told:
+            said.append(f"On {first[0]}{', which measures forgetting' if forgetting else ''}, against {other}, {told}.")
     return said
 
 
@@ -59,8 +90,16 @@ def _suite(study: dict[str, Any], suite: str, metric: str, name: str) -> dict[st
     first = compared[0]
     return {"suite": suite, "metric": metric, "unit": unit(metric), "n": count(first["n"]), "forgetting": suite in study["forgetting"], "lines": lines,
             "others": [BASE, *study["against"]], "direction": "higher is better" if first["higher_is_better"] else "lower is better",
-            "confidence": percent(first["confidence"], 0), "seeds_share": percent(max(c["share_of_seeds"] for c in compared), 0) if study["seeds"] > 1 else "",
+            "confidence": percent(first["confidence"], 0), "mde": _shown(compared), "noise": noise_words(study.get("noise", []), suite, metric),
+            "seeds_share": percent(max(c["share_of_seeds"] for c in compared), 0) if study["seeds"] > 1 else "",
             "forest": forest(entries, name, f"Differences in {metric} on {suite}", f"better by ({unit(metric) or metric})")}
+
+
+def _shown(compared: list[dict[str, Any]]) -> str:
+    """The smallest true differences that this sample could have shown."""
+    sizes = sorted(c["mde"] for c in compared if c.get("mde"))
+    digits = digits_for(*sizes)
+    return "" if not sizes else " to ".join(dict.fromkeys(number(v, digits) for v in (sizes[0], sizes[-1])))
 
 
 def _cell(c: dict[str, Any] | None, digits: int) -> dict[str, str]:
@@ -95,7 +134,7 @@ def _plots(study: dict[str, Any], costs: dict[str, Any], colours: dict[str, str]
     if not gains:
         return []
     measure = next(iter(gains.values()))
-    y = f"{measure['suite']}, better than the base by"
+    y, gain = "better than the base by", f"Gain on {measure['suite']}"
     lost = _gains(study, forgetting=True)
     found = []
 
@@ -105,9 +144,11 @@ def _plots(study: dict[str, Any], costs: dict[str, Any], colours: dict[str, str]
             found.append({"title": title, "svg": pareto(points, f"{name}-pareto{len(found)}", f"{title} of each arm", label, y, write)})
 
     if lost:
-        add("Gain against forgetting", {arm: max(0.0, -lost[arm]["difference"]) for arm in gains}, number, "forgotten (loss on general text)")
+        forgot = {arm: max(0.0, -lost[arm]["difference"]) for arm in gains}
+        digits = digits_for(max(forgot.values()) / 4)
+        add(f"{gain} against forgetting", forgot, lambda v: number(v, digits), f"worse than the base on {next(iter(lost.values()))['suite']} by")
     for field, label, write in COSTS:
-        add(f"Gain against {label}", {arm: costs.get(arm, {}).get(field) for arm in gains}, write, label)
+        add(f"{gain} against {label}", {arm: costs.get(arm, {}).get(field) for arm in gains}, write, label)
     return found
 
 
