@@ -118,26 +118,11 @@ def process_group(job: Job):
 
 
 def import_deepspeed(device: str) -> Any:
-    """DeepSpeed, without what a rank never uses: 3 s less of start, and nothing is compiled."""
-    import importlib
+    """DeepSpeed, without what a rank never uses, and nothing is compiled."""
+    from ftpipe.models import light
 
-    import torch
-
-    # Its autotuner imports MLflow (1 s) if it finds it.
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    # ZeRO's first step imports Muon, whose decorators load torch's whole compiler (1.7 s).
-    compiles = torch.compile
-    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
-    try:
-        deepspeed = importlib.import_module("deepspeed")
-        operators = importlib.import_module("deepspeed.ops")
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compile = compiles
-        if hidden:
-            del sys.modules["mlflow"]
+    deepspeed, operators = light.load("deepspeed"), light.load("deepspeed.ops")
+    light.load("deepspeed.runtime.zero.muon.muon_optimizer")  # ZeRO's first step imports it, and it marks functions to be compiled
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device == "cpu":
         # It would compile a shared-memory operator for inference, with a compiler that may not be there.
@@ -149,7 +134,7 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
     """The run with its model prepared and every part ready, nothing trained yet. `memory`: that of the checkpoint it goes on from."""
     import torch
 
-    from ftpipe.models import kernels
+    from ftpipe.models import kernels, light
     from ftpipe.models.head import split
     from ftpipe.models.loading import load_model, load_tokenizer
 
@@ -172,6 +157,8 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
               quantize=quantize)
     base = load_base()
     report.alive("preparing the model")
+    if "peft" in type(run.adapt).libraries:
+        light.load("peft")
     torch.manual_seed(derive_seed(job.seed, "start"))
     run.model = run.adapt.prepare(base, run).to(device)
     if job.kernels:
