@@ -33,7 +33,8 @@ class Job:
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
     `models.kernels`. diverged: see `loop.Divergence`. offload: optimizer state on the CPU. quantize: method of
-    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`.
+    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`. calibration: file of the rows that the
+    adapter's method looks at before training, if they are not those of training.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Job:
     offload: bool = False
     quantize: dict[str, Any] | None = None
     keep_optimizer: bool = False
+    calibration: str = ""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -147,6 +149,7 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
 
     def first_rows(n: int) -> list[Batch]:
         rows = await_rows(Path(job.tokens), report)
+        rows = Rows(Path(job.calibration)) if job.calibration else rows
         report.alive(f"looking at {n} rows before training")
         return calibration(plan_of(job, rows), rows, n, device)
 
@@ -187,6 +190,10 @@ class Rows:
         sources = self.table["source"].dictionary_encode().combine_chunks()
         self.sources: list[str] = sources.dictionary.to_pylist()
         self.source_of: dict[str, int] = dict(zip(self.table["row_id"].to_pylist(), sources.indices.to_pylist()))
+
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """The row ids of the rows of these numbers."""
+        return [self.table["row_id"][row].as_py() for row in rows]
 
     def examples(self, rows: Sequence[int]) -> list[Example]:
         """The rows of these numbers as examples."""
