@@ -48,7 +48,7 @@ def test_functions_stay_as_they_are_written_and_the_rest_comes_when_it_is_called
     assert not {"scipy.optimize", "mlflow"} & set(sys.modules) and made.mlflow is None
     assert [f(0) for f in (made.one, made.two, made.three, made.four)] == [1, 2, 3, 4]
     assert {type(f).__name__ for f in (made.one, made.two, made.three, made.four)} == {"function"} and made.two.__module__ == name
-    rows, columns = made.linear_sum_assignment(np.array([[4.0, 1.0], [1.0, 4.0]]))
+    _, columns = made.linear_sum_assignment(np.array([[4.0, 1.0], [1.0, 4.0]]))
     assert columns.tolist() == [1, 0] and "scipy.optimize" in sys.modules
 
 
