@@ -7,27 +7,11 @@ import math
 import pytest
 
 from ftpipe.errors import DataError
-from ftpipe.train.objective.base import Example
 from ftpipe.train.objective.kto import next_others
 from tests.train import planted
-from tests.train.small import small_run, steps
+from tests.train.small import judged, small_run, steps
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-def judged(n: int = 8, seed: int = 0) -> list[Example]:
-    """Random prompts and answers; every third is called bad. The other sequence is the same prompt with the next row's answer."""
-    import random
-
-    draw = random.Random(seed)
-    parts = [([draw.randint(3, 250) for _ in range(draw.randint(4, 12))], [draw.randint(3, 250) for _ in range(draw.randint(3, 20))]) for _ in range(n)]
-    found = []
-    for i, (prompt, said) in enumerate(parts):
-        other = parts[(i + 1) % n][1]
-        pair = [([*prompt, *said], [False] * len(prompt) + [True] * len(said)), ([*prompt, *other], [False] * (len(prompt) + len(other)))]
-        ids, trained = zip(*(pair[::-1] if i % 3 == 2 else pair), strict=True)
-        found.append(Example(f"r{i}", ids, trained))
-    return found
 
 
 def gain(run, base, ids, first):
