@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ftpipe.data.rows import TOOLS
+
 Part = Literal["all", "prompt", "answer"]
 """Part of a row: everything, the turns of everybody but the assistant, or the assistant's turns (of a pair: chosen and rejected).
 A row of plain text has no parts and is always compared whole."""
@@ -17,9 +19,10 @@ def squeeze(sql: str) -> str:
 
 
 def row_text(part: Part = "all") -> str:
-    """SQL of the contents of a row's turns, one after the other, separated by line feeds. Roles do not show."""
+    """SQL of the contents of a row's turns, one after the other, separated by line feeds. Roles do not show, nor do tool definitions, which many rows share."""
     def contents(column: str, keep: str = "true") -> str:
-        return f"array_to_string(list_transform(list_filter({column}, lambda m: {keep}), lambda m: coalesce(m.content, '')), chr(10))"
+        said = f"coalesce(m.role, '') <> '{TOOLS}' and {keep}"
+        return f"array_to_string(list_transform(list_filter({column}, lambda m: {said}), lambda m: coalesce(m.content, '')), chr(10))"
 
     return _by_format(part, contents, "chr(10)")
 
@@ -43,4 +46,4 @@ def _by_format(part: Part, contents, separator: str, clean=lambda sql: sql) -> s
     pair = {"all": ["messages", "chosen", "rejected"], "prompt": ["messages"], "answer": ["chosen", "rejected"]}[part]
     joined = f" || {separator} || ".join(f"coalesce({contents(c)}, '')" for c in pair)
     plain = clean("coalesce(text, '')")
-    return f"case format when 'text' then {plain} when 'preference' then {joined} else coalesce({turns}, '') end"
+    return f"case format when 'text' then {plain} when 'preference' then {joined} when 'unpaired' then {joined} else coalesce({turns}, '') end"

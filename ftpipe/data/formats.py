@@ -9,6 +9,10 @@
 | preference | prompt (or messages, conversations, instruction and input, question), chosen, rejected | preference |
 | text | text | text |
 
+Two more fields belong to all of the conversations: `tools`, the definitions of the tools that may be called, which become the first turn (role `tools`), and
+`label` (or `kto_tag`), true or false, which calls the last answer good or bad: such a row becomes `unpaired`, so that a bad answer stands where no answer is
+learnt from or compared with.
+
 What a row says besides these fields is kept as its `meta`. A row that does not fit raises `FormatError`, which names the field.
 """
 
@@ -19,6 +23,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from ftpipe.data.rows import TOOLS
 from ftpipe.errors import ConfigError, DataError, nearest
 
 FormatName = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "preference", "text"]
@@ -30,12 +35,13 @@ ROLES = {
     "tool_response": "tool", "function_response": "tool", "function": "tool", "ipython": "tool",
 }
 PROMPT_NAMES, ANSWER_NAMES = ("prompt", "question", "query"), ("completion", "answer", "response")
+LABELS = ("label", "kto_tag")
 FIELDS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system"),
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion", "system"),
-    "preference": ("prompt", "chosen", "rejected", "system"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools", "label"),
+    "sharegpt": ("conversations", "system", "tools", "label"),
+    "messages": ("messages", "tools", "label"),
+    "prompt_completion": ("prompt", "completion", "system", "tools", "label"),
+    "preference": ("prompt", "chosen", "rejected", "system", "tools"),
     "text": ("text",),
 }
 
@@ -92,6 +98,9 @@ def convert(raw: Mapping[str, Any], name: str = "auto", fields: Mapping[str, str
         mapped[target] = raw[own]
     used = _Fields(mapped)
     row = {"format": None, "messages": None, "chosen": None, "rejected": None, "text": None} | _CONVERT[recognise(mapped) if name == "auto" else name](used)
+    if row["messages"] is not None:
+        row |= _judged(row, used)
+        row["messages"] = _with_tools(row["messages"], used)
     row["meta"] = {_clean(str(k)): plain(v) for k, v in mapped.items() if k not in used.read and v is not None}
     return row
 
@@ -183,6 +192,54 @@ def _conversation(turns: list[Message], field: str) -> dict[str, Any]:
 
 def _with_system(system: str, turns: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *turns] if system.strip() and turns[0]["role"] != "system" else turns
+
+
+def _judged(row: dict[str, Any], used: _Fields) -> dict[str, Any]:
+    """A conversation whose last answer is called good or bad, as a prompt and that answer; nothing of one that is not. What follows the answer is left out."""
+    named = next((name for name in LABELS if isinstance(used.raw.get(name), bool)), None)
+    if named is None or row["format"] != "messages":
+        return {}
+    turns = row["messages"]
+    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    return {"format": "unpaired", "messages": turns[:last], "chosen" if used.get(named) else "rejected": [turns[last]]}
+
+
+def _with_tools(turns: list[Message], used: _Fields) -> list[Message]:
+    """The conversation behind the definitions of its tools. What is in `tools` and is no definition stays what else the row says."""
+    tools = tool_definitions(used.raw.get("tools"))
+    if not tools:
+        return turns
+    used.read.add("tools")
+    return [{"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}, *turns]
+
+
+def tool_definitions(value: Any) -> list[dict[str, Any]]:
+    """Tools as chat templates take them, {type: function, function: {name, ...}}; none if it is not a list (or JSON of one) of objects with a name.
+
+    A bare {name, ...} is put into that form, and keys without a value, which tables give to every row, are left out.
+    """
+    value = _parsed(value)
+    found = []
+    for tool in [value] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        tool = _parsed(tool)
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+            return []
+        found.append(_filled(plain(tool if "function" in tool else {"type": "function", "function": tool})))
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _filled(v) for k, v in value.items() if v is not None}
+    return [_filled(v) for v in value] if isinstance(value, list) else value
 
 
 def _alpaca(row: _Fields) -> dict[str, Any]:

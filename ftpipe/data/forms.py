@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftpipe.data.render import Message, Rendered, Renderer, RenderError
+from ftpipe.data.rows import TOOLS
 from ftpipe.errors import ConfigError
 
 PROMPT, ANSWER = "{prompt}", "{answer}"
@@ -78,7 +79,9 @@ def exchange(row: dict[str, Any]) -> tuple[list[Message], str] | None:
 
 
 def said(turns: Sequence[Message]) -> str:
-    """Turns as plain text, separated by line feeds; their roles are written before them only where the assistant has spoken among them."""
+    """Turns as plain text, separated by line feeds; their roles are written before them only where the assistant has spoken among them. Tool definitions are
+    not among what was said."""
+    turns = [turn for turn in turns if turn["role"] != TOOLS]
     roles = any(turn["role"] == "assistant" for turn in turns)
     return "\n".join(f"{turn['role']}: {turn['content'] or ''}" if roles else turn["content"] or "" for turn in turns)
 

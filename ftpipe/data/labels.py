@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ftpipe.data.render import BATCH, Rendered, Renderer, RenderError
+from ftpipe.data.render import BATCH, Rendered, Renderer, RenderError, judged, tools_of
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,24 @@ class LabelChecks:
     def rows(self, rows: Iterable[dict[str, Any]]) -> Iterator[Labelled]:
         """One verdict per row of `rows_schema()`, in order."""
         source = iter(rows)
-        while batch := list(islice(source, BATCH)):
+        while batch := [judged(row) for row in islice(source, BATCH)]:
             rendered = list(self.renderer.rows(batch))
-            others = iter(list(self.renderer.rows({**r, "chosen": r["rejected"]} for r in batch if r["format"] == "preference")))
+            others = iter(list(self.renderer.rows({**r, "chosen": r["rejected"]} for r in batch if r.get("rejected") is not None)))
             inference = self._inference(batch, rendered)
             for row, result, prompt in zip(batch, rendered, inference):
-                other = next(others) if row["format"] == "preference" else None
+                other = next(others) if row.get("rejected") is not None else None
                 yield self._verdict(row, result, prompt, other)
 
     def _inference(self, batch: list[dict[str, Any]], rendered: list[Rendered | RenderError]) -> list[list[int] | None]:
         """The tokens the model is started from at inference, as the tokenizer's own `apply_chat_template` gives them, for the first trained turn."""
         prompts: list[list[int] | None] = [None] * len(batch)
         at = [i for i, (row, r) in enumerate(zip(batch, rendered)) if isinstance(r, Rendered) and row["format"] != "text"]
-        if at:
-            heads = [_head(batch[i]) for i in at]
-            found = self.renderer.tokenizer.apply_chat_template(heads, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for i, ids in zip(at, found):
+        heads = {i: tools_of(_head(batch[i])) for i in at}
+        together = [i for i in at if heads[i][0] is None]
+        for some in filter(None, (together, *([i] for i in at if heads[i][0] is not None))):
+            found = self.renderer.tokenizer.apply_chat_template([list(heads[i][1]) for i in some], tools=heads[some[0]][0], tokenize=True,
+                                                                add_generation_prompt=True, return_dict=True)["input_ids"]
+            for i, ids in zip(some, found):
                 prompts[i] = list(ids)
         return prompts
 

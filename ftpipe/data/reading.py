@@ -29,8 +29,8 @@ LARGE = 16 * 2**20
 """Bytes from which starting processes pays."""
 SHOWN = 5
 """Reasons that an error names."""
-UNSEEN_TOOLS = "have `tools`, which are kept as meta and not shown to the model"
-MARKED_BAD = "have `label: false`, an answer marked as bad, and are taken like the others"
+UNSEEN_TOOLS = "have `tools` that are no definitions (objects with a name), kept as meta and not shown to the model"
+MARKED_BAD = "have `label: false`, an answer called bad: objectives for judged answers (`kto`) learn from it, all others leave the row out"
 
 
 class Reading:
@@ -98,7 +98,7 @@ class Reading:
         row |= {"content_id": content_id(row), "source": record.source, "line": record.line, "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True)}
         row["group"] = group if group is not None else row["content_id"]
         self.good += 1
-        self.warnings.update([UNSEEN_TOOLS] * bool(meta.get("tools")) + [MARKED_BAD] * (meta.get("label") is False))
+        self.warnings.update([UNSEEN_TOOLS] * bool(meta.get("tools")) + [MARKED_BAD] * (row["format"] == "unpaired" and row["chosen"] is None))
         self.formats[row["format"]] += 1
         self.sources[record.source] += 1
         return row | {"heldout": self._heldout(row), "rank": draw(self.seed, "rank", row["content_id"])}

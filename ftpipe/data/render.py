@@ -8,11 +8,14 @@ generation prompt; training on it teaches something else than inference asks for
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ftpipe.data.rows import TOOLS
 from ftpipe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -113,7 +116,7 @@ class Renderer:
         return results
 
     def row(self, row: dict[str, Any]) -> Rendered:
-        """A row of `rows_schema()` by its format; for a preference row the chosen answer."""
+        """A row of `rows_schema()` by its format; for a preference row the chosen answer, for a judged one the answer if it was called good (see `judged`)."""
         return self._one(row)
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> Iterator[Rendered | RenderError]:
@@ -145,7 +148,9 @@ class Renderer:
             if row["format"] == "text":
                 return [_Piece(row["text"], first=True)]
             history = row["messages"] or []
-            if row["format"] == "preference":
+            if row["format"] == "unpaired" and not row["chosen"]:
+                raise RenderError("its answer is called bad (`label: false`)")
+            if row["format"] in ("preference", "unpaired"):
                 return self._conversation([*history, *row["chosen"]], first=len(history))
             return self._conversation(history, first=0)
         except RenderError as error:
@@ -172,14 +177,30 @@ class Renderer:
         if not self.tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template, so a conversation cannot be rendered", where=str(self.tokenizer.name_or_path),
                               remedy="use an instruction-tuned model, or rows of format `text`")
+        tools, messages = tools_of(messages)
         if not messages:
             raise RenderError("the conversation starts with the answer")
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise RenderError(f"the chat template refuses the conversation: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template writes tool definitions into a conversation."""
+        name = "name_of_a_tool"
+        tools = {"role": TOOLS, "content": json.dumps([{"type": "function", "function": {"name": name, "description": "", "parameters": {
+            "type": "object", "properties": {}}}}])}
+        said = [{"role": "user", "content": "a"}]
+        for turns in ([tools, *said], [tools, {"role": "system", "content": "b"}, *said]):
+            try:
+                if name in self._template(turns, generate=True):
+                    return True
+            except RenderError:
+                continue
+        return False
 
     def _encode(self, pieces: list[_Piece]) -> list[_Tokens]:
         """The tokens of each piece, without special tokens of the tokenizer's own."""
@@ -233,3 +254,23 @@ class Renderer:
     def _join_text(self, encoding: _Tokens) -> Rendered:
         ids = [self.bos] * self.adds_bos + list(encoding.ids) + ([self.eos] if self.eos is not None else [])
         return Rendered(ids, [i > 0 for i in range(len(ids))], min(1, len(ids)))
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """A judged answer, good or bad, as the chosen one of a pair, to be rendered whatever it was called; any other row as it is."""
+    return row | {"format": "preference", "chosen": row["chosen"] or row["rejected"], "rejected": None} if row["format"] == "unpaired" else row
+
+
+def tools_of(messages: Sequence[Message]) -> tuple[list[dict[str, Any]] | None, Sequence[Message]]:
+    """The tool definitions in front of a conversation (None without any), and the conversation."""
+    if not messages or messages[0]["role"] != TOOLS:
+        return None, messages
+    return _definitions(messages[0]["content"]), messages[1:]
+
+
+@lru_cache(maxsize=256)
+def _definitions(text: str) -> list[dict[str, Any]]:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RenderError("the tool definitions are no longer JSON") from None

@@ -26,14 +26,17 @@ ROWS = "rows.parquet"
 KEPT = "kept.parquet"
 ANNOTATIONS = "annotations.parquet"
 TRAIN, HELDOUT = "train", "heldout"
+TOOLS = "tools"
+"""Role of the turn in front of a conversation that holds the definitions of its tools, a JSON list."""
 
 
 def rows_schema():
     """Arrow schema of `rows.parquet`.
 
     row_id: `content_id`, with `~2`, `~3`, ... for further rows of the same content. content_id: see `content_id`.
-    format: `messages`, `preference` or `text`; the columns of other formats are null.
-    messages: the conversation, or the prompt of a preference pair. chosen, rejected: the two answers of a pair.
+    format: `messages`, `preference`, `unpaired` or `text`; the columns of other formats are null.
+    messages: the conversation, or the prompt of a preference pair or of a judged answer; a first turn of role `tools` holds tool definitions as JSON.
+    chosen, rejected: the two answers of a pair. A judged answer (`unpaired`) is chosen if it was called good and rejected if it was called bad, the other null.
     text: plain text. group: what must not be torn apart by the held-out split (module, document, user), never null.
     source, line: file or other origin, and line or item number from 1. split: `train` or `heldout`.
     meta: JSON text with whatever else the source said of the row.

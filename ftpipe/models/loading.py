@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftpipe.canonical import digest
 from ftpipe.errors import ConfigError
+from ftpipe.models import light
 from ftpipe.models.hashes import cached_digest
 from ftpipe.models.locate import Source, locate, weight_files
 from ftpipe.models.memory import keep_freed_memory
@@ -100,6 +101,8 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
     quantised and is so already.
     """
     import torch
+
+    light.load("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
@@ -190,6 +193,8 @@ def _put_on(base: Any, model: str, env: Environment, adapter: Path, told: Mappin
         if folder != adapter:
             manifest = checked(folder, who, base, allow_zero=allow_zero)
         method: Any = slots.parse("train/adapt", manifest["method"])
+        if "peft" in type(method).libraries:
+            light.load("peft")
         return method, method.load(base, folder)
 
 

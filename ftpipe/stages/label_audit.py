@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ftpipe.data.labels import LabelChecks, Labelled
 from ftpipe.data.render import Renderer
-from ftpipe.data.rows import HELDOUT, TRAIN, RowSet, write_annotations, write_kept
+from ftpipe.data.rows import HELDOUT, TOOLS, TRAIN, RowSet, write_annotations, write_kept
 from ftpipe.errors import ConfigError, DataError
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 
@@ -95,6 +95,7 @@ class _Audit:
         self.failed: Counter[str] = Counter()
         self.first: dict[str, tuple[str, str]] = {}
         self.ends: Counter[int] = Counter()
+        self.tools = 0
         self.example: dict[str, Any] | None = None
 
     def add(self, verdict: Labelled) -> None:
@@ -103,6 +104,7 @@ class _Audit:
             self.rows[name].append(row[name])
         for name in ("reason", "prompt_tokens", "trained_tokens", "tokens"):
             self.rows[name].append(getattr(verdict, name))
+        self.tools += bool(row["messages"]) and row["messages"][0]["role"] == TOOLS
         if verdict.reason:
             self.failed[verdict.reason] += 1
             self.first.setdefault(verdict.reason, (row["row_id"], f"{row['source']}:{row['line']}"))
@@ -152,6 +154,8 @@ class _Audit:
         warnings = []
         if renderer.eos is not None and ends and tokenizer.eos_token not in ends:
             warnings.append(f"turns end with {next(iter(ends))}, but the tokenizer's EOS is {tokenizer.eos_token}: generation must stop at the former")
+        if self.tools and not renderer.shows_tools:
+            warnings.append(f"{self.tools} rows have tool definitions, which the chat template does not show: the model is not told of its tools")
         return {
             "rows": table.num_rows, "passed": kept.num_rows, "failed": sum(self.failed.values()), "max_tokens": stage.max_tokens, "truncate": stage.truncate,
             "reasons": {r: {"rows": n, "row_id": self.first[r][0], "origin": self.first[r][1]} for r, n in self.failed.most_common()},

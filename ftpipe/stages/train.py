@@ -132,9 +132,10 @@ class Train(Stage):
         for method in (*self.regularizers, self.optimizer):
             method.check(self)
         self._check_base(env)
-        source = pipeline.get(self.rows)
-        if source is not None and source.produces not in ("rows", ""):
-            raise ConfigError(f"rows names {self.rows!r}, which makes {source.produces}, not rows", remedy="name a stage that passes rows on")
+        for field, name in (("rows", self.rows), (f"{self.adapt.name()}'s calibration", self.adapt.looks_at() or "")):
+            source = pipeline.get(name)
+            if source is not None and source.produces not in ("rows", ""):
+                raise ConfigError(f"{field} names {name!r}, which makes {source.produces}, not rows", remedy="name a stage that passes rows on")
 
     def act_on_gradients(self) -> list[Method]:
         """The parts that read or change gradients between backward and update, in the order in which they do."""
@@ -176,6 +177,8 @@ class Train(Stage):
         outcome.finish(self, ctx, job, table, heard)
 
     def _job(self, ctx: StageContext, identity: dict[str, str]) -> Job:
+        from ftpipe.train import rendering
+
         ranks, device = self._ranks(), "cuda" if launching.devices() else "cpu"
         ends = {n: getattr(self, n) for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None} or {"epochs": 1}
         plan = {"batch_tokens": self.batch_tokens or (GPU_TOKENS if device == "cuda" else CPU_TOKENS), "tokens_per_step": self.tokens_per_step,
@@ -187,4 +190,5 @@ class Train(Stage):
                    dtype=self.dtype, zero=self.zero, world=ranks, threads=launching.threads(ranks), device=device, heartbeat=self.heartbeat, parts=parts,
                    learning_rate=self.learning_rate, warmup=self.warmup, clip=self.clip, stop=ends, plan=plan, tokens=str(ctx.work / "tokens.arrow"),
                    checkpoints=str(ctx.work / "checkpoints"), checkpoint_every=self.checkpoint_every, result=str(ctx.work / "result"), rendezvous="",
-                   offload=self.offload == "optimizer", kernels=self.kernels, diverged=self.diverged, keep_optimizer=self.keep_optimizer)
+                   calibration=str(ctx.work / rendering.CALIBRATION) if self.adapt.looks_at() else "", offload=self.offload == "optimizer",
+                   kernels=self.kernels, diverged=self.diverged, keep_optimizer=self.keep_optimizer)

@@ -70,10 +70,15 @@ def _token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
                       for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)])
 
 
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether `error` says that memory could not be had, on a GPU, by Python or by torch's allocator on a CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def check_packing(model: Any, batch: Batch, singles: Sequence[Batch], dtype: str) -> float:
     """Prove that rows of one sequence do not see each other, through the plain forward pass of the model.
 
-    Two tests: turning round the tokens of the first row must leave the losses of all others as they were, and packed losses must be on average
+    Two tests: turning round the tokens of every other row must leave the losses of those between as they were, and packed losses must be on average
     those of the rows alone. Returns the mean difference of the second, in nats a token. Raises TrainingError if either fails.
     """
     import torch
@@ -84,10 +89,9 @@ def check_packing(model: Any, batch: Batch, singles: Sequence[Batch], dtype: str
     try:
         with torch.no_grad():
             packed = token_losses(model, batch)
-            first = singles[0].tokens
-            turned = replace(batch, input_ids=torch.cat([batch.input_ids[:, :first].flip(1), batch.input_ids[:, first:]], 1))
-            others = batch.sequence > 0
-            leak = (token_losses(model, turned) - packed).abs()[others]
+            pieces = batch.input_ids.split([s.tokens for s in singles], 1)
+            turned = replace(batch, input_ids=torch.cat([piece if i % 2 else piece.flip(1) for i, piece in enumerate(pieces)], 1))
+            leak = (token_losses(model, turned) - packed).abs()[batch.sequence % 2 == 1]
             alone = []
             for single in singles:
                 full = model(input_ids=single.input_ids, use_cache=False).logits[0]

@@ -69,7 +69,7 @@ def _run(job: Job, work: Path, gpus: list[str] | None, hear: Callable[[dict[str,
     folder = Path(tempfile.mkdtemp(prefix="start-", dir=work))
     job = replace(job, rendezvous=str(folder / "rendezvous"))
     job.write(folder / "job.json")
-    commands = {f"rank {r}": ([sys.executable, "-m", "ftpipe.train.rank", str(folder / "job.json")], environment(job, r, gpus)) for r in range(job.world)}
+    commands = {f"rank {r}": (rank_command(r, folder / "job.json"), environment(job, r, gpus)) for r in range(job.world)}
     began = time.monotonic()
 
     def heard(child: Child, event: dict[str, Any]) -> None:
@@ -90,6 +90,11 @@ def _run(job: Job, work: Path, gpus: list[str] | None, hear: Callable[[dict[str,
     if not Path(job.result).is_dir():
         raise InfrastructureError("the ranks ended without a result", where=str(work), remedy="run again; if it stays, please report it")
     log(f"ranks ended after {time.monotonic() - began:.1f} s")
+
+
+def rank_command(rank: int, job: Path) -> list[str]:
+    """The argument list of one rank."""
+    return [sys.executable, "-m", "ftpipe.train.rank", str(job)]
 
 
 def environment(job: Job, rank: int, gpus: list[str] | None = None) -> dict[str, str]:

@@ -6,8 +6,10 @@ when the parent dies (Linux), and a thread exits when a pipe that only the paren
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Any
 from ftpipe.processes import ORPHANED, die_with
 
 PIPE, PARENT, EVENTS = "FTPIPE_LIFELINE", "FTPIPE_PARENT", "FTPIPE_EVENTS"
+WHERE = signal.SIGUSR1
+"""The signal on which a child prints where in its program it is, also where it is stuck in a library that holds the interpreter."""
 
 
 def hold() -> None:
     """Tie this process to its parent. Called first of all in a child."""
     if PARENT not in os.environ:
         return
+    faulthandler.register(WHERE, all_threads=False)
     die_with(int(os.environ[PARENT]))
     threading.Thread(target=_wait, args=(int(os.environ[PIPE]),), daemon=True, name="lifeline").start()
 
@@ -38,6 +43,7 @@ class Reporter:
     def __init__(self, path: Path | None = None):
         where = path or (Path(os.environ[EVENTS]) if EVENTS in os.environ else None)
         self._file = where.open("a", encoding="utf-8") if where else None
+        self.doing = "starting"
 
     def __call__(self, event: str, **values: Any) -> None:
         if self._file:
@@ -46,4 +52,5 @@ class Reporter:
 
     def alive(self, doing: str) -> None:
         """Say that this process is alive, and at what it is."""
+        self.doing = doing
         self("alive", doing=doing)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ftpipe.errors import TrainingError
 from ftpipe.train import checkpoint
 from ftpipe.train.engine import Engine
-from ftpipe.train.forward import check_packing
+from ftpipe.train.forward import check_packing, memory_ran_out
 from ftpipe.train.objective.base import Example
 from ftpipe.train.run import Batch, Run, derive_seed
 from ftpipe.train.setup import Job, Rows, await_rows, plan_of, prepare, process_group
@@ -57,7 +57,7 @@ def train(job: Job, report: Reporter) -> None:
             run.step, (run.epoch, numbers) = step, steps[step]
             record = one_step(run, plan, rows, numbers, job.learning_rate * factor(step), report)
             metrics.append(record)
-            divergence.see(record)
+            divergence.see(record, lambda numbers=numbers: rows.ids(numbers))
             if job.checkpoint_every and (step + 1) % job.checkpoint_every == 0 and step + 1 < len(steps):
                 _write_checkpoint(run, Path(job.checkpoints), metrics, report)
         _finish(run, job, rows, steps, metrics, packing, report)
@@ -97,13 +97,14 @@ def one_step(run: Run, plan: Plan, rows: Rows, numbers: Sequence[int], rate: flo
         loss = run.optimizer.take_step(run, batches)
     run.adapt.after_step(run)
     tokens = sum(rows.lengths[n] for n in numbers)
-    names, by_source = sorted(run.sums), _by_source(run, batches, rows)
+    names, by_source = sorted(run.sums), _by_source(run, batches, rows) if len(rows.sources) > 1 else []
     total, trained, *sums = run.sum_each([loss, float(sum(b.targets.numel() for b in batches if b.weight)), *(run.sums[n] for n in names), *by_source])
     losses, counts = sums[len(names)::2], sums[len(names) + 1::2]
     record = {"step": run.step + 1, "epoch": run.epoch + 1, "loss": total / run.world, "learning_rate": rate, "grad_norm": run.engine.norm,
               "tokens": tokens, "trained_tokens": int(trained), "rows": len(numbers), **run.metrics,
               **{n: s / count for n, s in zip(names, sums)},
-              **{f"loss/{n}": s / c for n, s, c in zip(rows.sources, losses, counts) if c and len(rows.sources) > 1}}
+              **{f"loss/{n}": s / c for n, s, c in zip(rows.sources, losses, counts) if c},
+              **{f"trained_tokens/{n}": int(c) for n, c in zip(rows.sources, counts) if c}}
     seconds = time.monotonic() - began
     report("step", of=run.steps, **record, seconds=seconds, tokens_per_second=tokens / seconds, memory_bytes=_memory(run))
     return record
@@ -115,29 +116,33 @@ def _by_source(run: Run, batches: Sequence[Batch], rows: Rows) -> list[float]:
 
     found = torch.zeros(len(rows.sources), 2, dtype=torch.float64)
     for batch in batches:
-        if batch.weight and batch.losses is not None and len(rows.sources) > 1:
+        if batch.weight and batch.losses is not None:
             of_row = torch.tensor([rows.source_of[i] for i in batch.row_ids])
-            source = of_row[batch.sequence.cpu() // run.objective.sequences]
+            source = of_row[batch.rows().cpu()]
             found.index_add_(0, source, torch.stack([batch.losses.double().cpu(), torch.ones(len(source), dtype=torch.float64)], 1))
     return found.flatten().tolist()
 
 
 class Divergence:
-    """Stops a training whose loss climbs: the mean over the last `WINDOW` steps is more than `factor` times the lowest such mean before, plus one nat."""
+    """Stops a training whose loss climbs: the mean over the last `WINDOW` steps is more than `factor` times the lowest such mean before, plus one nat.
+
+    It is seen too late to blame a row; the error names those of the step at which it was seen.
+    """
 
     def __init__(self, factor: float):
         self.factor, self.lowest = factor, math.inf
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
-    def see(self, record: dict[str, Any]) -> None:
-        """Take in a step's record. Raises TrainingError if it is the one that is too much; a factor of 0 never does."""
+    def see(self, record: dict[str, Any], rows: Callable[[], Sequence[str]] = tuple) -> None:
+        """Take in a step's record. Raises TrainingError if it is the one that is too much; a factor of 0 never does. rows: gives the step's row ids."""
         self.recent.append(record["loss"])
         if not self.factor or len(self.recent) < WINDOW:
             return
         mean = sum(self.recent) / WINDOW
         if mean > self.factor * self.lowest + 1:
             raise TrainingError(f"training diverges: the loss is {mean:.3g} over the last {WINDOW} steps and was {self.lowest:.3g} before",
-                                where=f"step {record['step']}, learning rate {record['learning_rate']:.3g}, gradient {record['grad_norm']:.3g}",
+                                where=f"step {record['step']}, learning rate {record['learning_rate']:.3g}, gradient {record['grad_norm']:.3g}, "
+                                f"{_some(rows())}",
                                 remedy="lower learning_rate, raise warmup or lower clip; `diverged: 0` goes on regardless")
         self.lowest = min(self.lowest, mean)
 
@@ -216,20 +221,21 @@ def _finish(run: Run, job: Job, rows: Rows, steps: Sequence[tuple[int, list[int]
 
 @contextmanager
 def _explained(run: Run, batches: Sequence[Batch]):
-    """Errors of a step with the rows it was taken on."""
-    import torch
-
-    where = f"step {run.step + 1}, rank {run.rank}, {_some([i for b in batches for i in b.row_ids])}"
+    """Errors of a step with the rows it was taken on: those alone that have a loss that is no number, if there are such."""
     try:
         yield
     except TrainingError as error:
-        raise TrainingError(error.what, where=error.where or where, remedy=error.remedy) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(batches, where) from error
-    except RuntimeError as error:
-        if "allocate memory" in str(error):
-            raise _out_of_memory(batches, where) from error
+        raise TrainingError(error.what, where=error.where or _where(run, batches), remedy=error.remedy) from error
+    except Exception as error:
+        if memory_ran_out(error):
+            raise _out_of_memory(batches, _where(run, batches)) from error
         raise
+
+
+def _where(run: Run, batches: Sequence[Batch]) -> str:
+    bad = [b.row_ids[i] for b in batches if b.losses is not None for i in sorted(set(b.rows()[~b.losses.isfinite()].tolist()))]
+    ids = bad or [i for b in batches for i in b.row_ids]
+    return f"step {run.step + 1}, rank {run.rank}, {_some(list(dict.fromkeys(ids)))}"
 
 
 def _out_of_memory(batches: Sequence[Batch], where: str) -> TrainingError:

@@ -77,7 +77,8 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     trained = told["metrics"]
     summary = {"steps": len(steps), "epochs": steps[-1][0] + 1, "rows": len(seen), "tokens": sum(m["tokens"] for m in trained),
                "trained_tokens": sum(m["trained_tokens"] for m in trained), "first_loss": trained[0]["loss"], "last_loss": trained[-1]["loss"],
-               "trainable": told["trainable"], "parameters": told["parameters"], "settings": stage.dump()[stage.name()]}
+               "trainable": told["trainable"], "parameters": told["parameters"], "sources": _by_source(rows, steps),
+               "settings": stage.dump()[stage.name()]}
     for name in ("ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain", "share_devices"):
         summary["settings"].pop(name)
     (ctx.out / "train.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -99,8 +100,22 @@ def _write_metrics(ctx: StageContext, metrics: list[dict[str, Any]]) -> None:
 
     whole = ("step", "epoch", "tokens", "trained_tokens", "rows")
     names = list(dict.fromkeys(k for m in metrics for k in m))
-    columns = {n: pa.array([m.get(n) for m in metrics], pa.int64() if n in whole else pa.float64()) for n in names}
+    columns = {n: pa.array([m.get(n) for m in metrics], pa.int64() if n.partition("/")[0] in whole else pa.float64()) for n in names}
     pq.write_table(pa.table(columns), ctx.out / "metrics.parquet", compression="zstd")
+
+
+def _by_source(rows: Rows, steps: list[tuple[int, list[int]]]) -> dict[str, dict[str, int]]:
+    """For each source (as `rendering` names them) its rows, and the tokens and trained tokens of all their showings."""
+    import numpy as np
+
+    times = np.bincount(np.concatenate([np.asarray(numbers) for _, numbers in steps]), minlength=len(rows.lengths))
+    source = np.array([rows.source_of[i] for i in rows.table["row_id"].to_pylist()])
+    found = {}
+    for number, name in sorted(enumerate(rows.sources), key=lambda s: s[1]):
+        shown = np.where(source == number, times, 0)
+        found[name] = {"rows": int((shown > 0).sum()), "tokens": int((shown * np.asarray(rows.lengths)).sum()),
+                       "trained_tokens": int((shown * rows.table["targets"].to_numpy()).sum())}
+    return found
 
 
 def _write_seen(ctx: StageContext, rows: Rows, steps: list[tuple[int, list[int]]]) -> dict[str, int]:

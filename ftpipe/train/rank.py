@@ -23,8 +23,13 @@ def main(path: str) -> int:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        from ftpipe.errors import FtpipeError, InfrastructureError, may_pass
+        from ftpipe.errors import FtpipeError, InfrastructureError, TrainingError, may_pass
+        from ftpipe.train.forward import memory_ran_out
 
+        if not isinstance(error, FtpipeError) and memory_ran_out(error):
+            error = TrainingError(f"out of memory while {report.doing}", remedy="the model, what trains and its optimizer's state do not fit: keep the base in "
+                                  "few bits (`quantize: nf4` or `int8`), set dtype: bfloat16, train less of it (`adapt`), or spread it (more ranks, higher "
+                                  "`zero`)")
         known = isinstance(error, FtpipeError)
         kind = type(error).__name__ if known else InfrastructureError.__name__ if may_pass(error) else ""
         report("failed", kind=kind, what=error.what if known else f"{type(error).__name__}: {error}",

@@ -60,6 +60,10 @@ class Batch:
     def tokens(self) -> int:
         return int(self.input_ids.numel())
 
+    def rows(self) -> torch.Tensor:
+        """Which of the rows of the batch each target belongs to: int64 [K]."""
+        return self.sequence // (len(self.spans()) // len(self.row_ids))
+
     def spans(self) -> list[tuple[int, int]]:
         """Start and end of each sequence of the batch, in order."""
         starts = (self.position_ids[0] == 0).nonzero().flatten().tolist()
@@ -82,7 +86,8 @@ class Run:
         load_tokenizer: loads the base model's tokenizer.
         offload: the optimizer's state is kept on the CPU (ZeRO 1 and 2).
         calibration: `calibration(n)` waits for the rows and gives the first n of those that the first epoch shows, for a `prepare` that looks at data:
-            each once and in a micro-batch of its own, the same on every rank, whatever the settings that spread the work.
+            each once and in a micro-batch of its own, the same on every rank, whatever the settings that spread the work. They are those of training,
+            unless the adapter's method names others (`Adapt.looks_at`).
         alive: says what is being done; whatever takes minutes before the first step calls it now and then, or the rank counts as stuck.
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
         quantize: the method of models/quantize that made the base small, or None.

@@ -33,7 +33,8 @@ class Job:
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
     checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
     `models.kernels`. diverged: see `loop.Divergence`. offload: optimizer state on the CPU. quantize: method of
-    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`.
+    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`. calibration: file of the rows that the
+    adapter's method looks at before training, if they are not those of training.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Job:
     offload: bool = False
     quantize: dict[str, Any] | None = None
     keep_optimizer: bool = False
+    calibration: str = ""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -118,26 +120,11 @@ def process_group(job: Job):
 
 
 def import_deepspeed(device: str) -> Any:
-    """DeepSpeed, without what a rank never uses: 3 s less of start, and nothing is compiled."""
-    import importlib
+    """DeepSpeed, without what a rank never uses, and nothing is compiled."""
+    from ftpipe.models import light
 
-    import torch
-
-    # Its autotuner imports MLflow (1 s) if it finds it.
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    # ZeRO's first step imports Muon, whose decorators load torch's whole compiler (1.7 s).
-    compiles = torch.compile
-    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
-    try:
-        deepspeed = importlib.import_module("deepspeed")
-        operators = importlib.import_module("deepspeed.ops")
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compile = compiles
-        if hidden:
-            del sys.modules["mlflow"]
+    deepspeed, operators = light.load("deepspeed"), light.load("deepspeed.ops")
+    light.load("deepspeed.runtime.zero.muon.muon_optimizer")  # ZeRO's first step imports it, and it marks functions to be compiled
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device == "cpu":
         # It would compile a shared-memory operator for inference, with a compiler that may not be there.
@@ -149,7 +136,7 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
     """The run with its model prepared and every part ready, nothing trained yet. `memory`: that of the checkpoint it goes on from."""
     import torch
 
-    from ftpipe.models import kernels
+    from ftpipe.models import kernels, light
     from ftpipe.models.head import split
     from ftpipe.models.loading import load_model, load_tokenizer
 
@@ -162,6 +149,7 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
 
     def first_rows(n: int) -> list[Batch]:
         rows = await_rows(Path(job.tokens), report)
+        rows = Rows(Path(job.calibration)) if job.calibration else rows
         report.alive(f"looking at {n} rows before training")
         return calibration(plan_of(job, rows), rows, n, device)
 
@@ -172,6 +160,8 @@ def prepare(job: Job, report: Reporter, memory: Mapping[str, Any]) -> Run:
               quantize=quantize)
     base = load_base()
     report.alive("preparing the model")
+    if "peft" in type(run.adapt).libraries:
+        light.load("peft")
     torch.manual_seed(derive_seed(job.seed, "start"))
     run.model = run.adapt.prepare(base, run).to(device)
     if job.kernels:
@@ -200,6 +190,10 @@ class Rows:
         sources = self.table["source"].dictionary_encode().combine_chunks()
         self.sources: list[str] = sources.dictionary.to_pylist()
         self.source_of: dict[str, int] = dict(zip(self.table["row_id"].to_pylist(), sources.indices.to_pylist()))
+
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """The row ids of the rows of these numbers."""
+        return [self.table["row_id"][row].as_py() for row in rows]
 
     def examples(self, rows: Sequence[int]) -> list[Example]:
         """The rows of these numbers as examples."""

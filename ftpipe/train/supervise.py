@@ -16,12 +16,16 @@ from typing import Any
 
 from ftpipe import errors
 from ftpipe.errors import FtpipeError, InfrastructureError
-from ftpipe.train.lifeline import EVENTS, PARENT, PIPE
+from ftpipe.train.lifeline import EVENTS, PARENT, PIPE, WHERE
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 POLL = 0.05
-LAST_LINES = 12
+LAST_LINES, FRAMES = 12, 5
+STACK, FRAME = "Stack (most recent call first):", "  File "
+"""How a process begins to say where it is (see `lifeline.WHERE`), and each line of it."""
+COLLECTIVE = "/torch/distributed/"
+"""In the path of a process that waits for others, at the top of its stack."""
 
 
 @dataclass
@@ -59,6 +63,22 @@ class Child:
             lines = f.read().decode("utf-8", "replace").splitlines()
         return "\n".join(f"    {line[:300]}" for line in [part for part in lines if part.strip()][-LAST_LINES:])
 
+    def stack(self, seconds: float = 1.0) -> list[str]:
+        """Where in its program it is, the innermost call first; nothing from a process that cannot answer (stopped, or not heard of yet)."""
+        if not self.offset or self.process.poll() is not None:
+            return []
+        before = self.output.stat().st_size
+        self.process.send_signal(WHERE)
+        deadline = time.monotonic() + seconds
+        found: list[str] = []
+        while not found and time.monotonic() < deadline:
+            time.sleep(POLL)
+            with self.output.open("rb") as f:
+                f.seek(before)
+                _, _, said = f.read().decode("utf-8", "replace").partition(STACK)
+            found = [line.strip() for line in said.splitlines() if line.startswith(FRAME)]
+        return found
+
 
 class Supervisor:
     """Watches children until all have ended well, or one has not."""
@@ -81,11 +101,22 @@ class Supervisor:
                 raise self._failure([c for c in self.children if c.process.poll() not in (None, 0)])
             if not running:
                 return
-            silent = min(running, key=lambda c: c.heard)
-            if time.monotonic() - silent.heard > self.timeout:
-                raise InfrastructureError(f"{silent.name} has been silent for {self.timeout:g} s; the last it said was: {silent.doing}\n{silent.last_lines()}",
-                                          remedy="run again, it resumes from the last checkpoint; raise `heartbeat` if one micro-batch takes this long")
+            if time.monotonic() - min(c.heard for c in running) > self.timeout:
+                raise self._stuck(running)
             time.sleep(POLL)
+
+    def _stuck(self, running: list[Child]) -> InfrastructureError:
+        """Names the child that is stuck. Those that wait for it in a collective operation are silent too, perhaps for longer: where each is tells which."""
+        silent = sorted((c for c in running if time.monotonic() - c.heard > self.timeout / 2), key=lambda c: c.heard)
+        printed = {c.name: c.last_lines() for c in silent}
+        stacks = {c.name: c.stack() for c in silent}
+        waiting = [c for c in silent if any(COLLECTIVE in frame for frame in stacks[c.name][:FRAMES])]
+        first = next((c for c in silent if c not in waiting), silent[0])
+        said = [f"{first.name} has been silent for {self.timeout:g} s; the last it said was: {first.doing}", printed[first.name],
+                *(f"    it is at {frame}" for frame in stacks[first.name][:FRAMES])]
+        said += [f"{c.name} {'waits for the others' if c in waiting else 'is silent too'}; the last it said was: {c.doing}" for c in silent if c is not first]
+        return InfrastructureError("\n".join(filter(None, said)),
+                                   remedy="run again, it resumes from the last checkpoint; raise `heartbeat` if one micro-batch takes this long")
 
     def _listen(self, child: Child) -> None:
         for event in child.read():

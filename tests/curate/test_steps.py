@@ -52,6 +52,26 @@ def test_exact_duplicates_of_pairs_of_answers(tmp_path):
     assert made.counts["rows_kept"] == 2
 
 
+def test_texts_leave_tool_definitions_out_and_take_judged_answers_in():
+    import pyarrow as pa
+
+    from ftpipe.curate.text import exact_text, row_text
+    from ftpipe.data.rows import rows_schema
+    from ftpipe.tables import connect
+
+    said = [("tools", "[{}]"), ("user", "q"), ("assistant", "a")]
+    turns = [{"role": r, "content": c} for r, c in said]
+    rows = [{"format": "messages", "messages": turns}, {"format": "messages", "messages": turns[1:]},
+            {"format": "unpaired", "messages": turns[:2], "chosen": turns[2:]}, {"format": "unpaired", "messages": turns[:2], "rejected": turns[2:]}]
+    table = pa.Table.from_pylist([{n: r.get(n) for n in rows_schema().names} for r in rows], schema=rows_schema())
+    with connect() as con:
+        con.register("rows", table)
+        texts = {part: [" ".join(t.split()) for (t,) in con.sql(f"select {row_text(part)} from rows").fetchall()] for part in ("all", "prompt", "answer")}
+        exact = [t for (t,) in con.sql(f"select {exact_text()} from rows").fetchall()]
+    assert texts == {"all": ["q a"] * 4, "prompt": ["q"] * 4, "answer": ["a"] * 4}
+    assert len(set(exact)) == 4, "the same question with other tools, and the same answer called otherwise, are other rows"
+
+
 def test_the_preferred_exact_duplicate_stays(tmp_path):
     source = rows_artifact(tmp_path, [text("same"), text("same"), text("same ")], annotations={"quality": [1, 5, 3]})
     ids = kept_ids(source)

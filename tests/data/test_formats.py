@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 
 import pytest
@@ -65,6 +66,36 @@ def test_what_else_a_row_says_is_kept_as_json():
     row = convert({"text": "t", "score": math.nan, "when": datetime.date(2024, 1, 2), "tags": ("x",), "none": None, "raw": b"\x00"})
     assert row["text"] == "t"
     assert row["meta"] == {"score": None, "when": "2024-01-02", "tags": ["x"], "raw": "00"}
+
+
+def test_tools_become_the_first_turn_in_the_form_templates_take():
+    bare = {"name": "f", "parameters": {"x": {"type": "int", "default": None}}}
+    whole = {"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "int"}}}}
+    for tools in ([bare], json.dumps([bare]), [json.dumps(bare)], [whole], bare):
+        for raw in ({"prompt": "q", "completion": "a"}, {"messages": QA}):
+            row = convert(raw | {"tools": tools})
+            assert [t["role"] for t in row["messages"]] == ["tools", "user", "assistant"] and row["meta"] == {}
+            assert json.loads(row["messages"][0]["content"]) == [whole]
+    pair = convert({"prompt": "q", "chosen": "a", "rejected": "b", "tools": [bare]})
+    assert pair["messages"][0]["role"] == "tools" and len(pair["chosen"]) == 1
+    for other in ("search", ["search"], [{}], "[{}]", 3):
+        row = convert({"prompt": "q", "completion": "a", "tools": other})
+        assert row["messages"] == QA and row["meta"] == {"tools": other}
+    assert content_id(convert({"messages": QA})) != content_id(convert({"messages": QA, "tools": [bare]})), "another question"
+
+
+@pytest.mark.parametrize("field", ["label", "kto_tag"])
+def test_a_judged_answer_stands_where_its_judgement_says(field):
+    for raw in SAME.values():
+        good, bad = (convert(raw | {field: judged}) for judged in (True, False))
+        assert good | {"chosen": None, "rejected": [QA[1]]} == bad
+        assert (good["format"], good["messages"], good["chosen"], good["rejected"], good["meta"]) == ("unpaired", [QA[0]], [QA[1]], None, {})
+    long = convert({"messages": [*QA, *QA, {"role": "user", "content": "and?"}], field: False})
+    assert long["messages"] == [*QA, QA[0]] and long["rejected"] == [QA[1]]
+    for other in (0, 1, "false", None):
+        assert convert({"messages": QA, field: other})["format"] == "messages", "a class, not a judgement"
+    assert convert({"text": "t", "label": False})["text"] == "t"
+    assert convert({"prompt": "q", "completion": "a", "is_good": False}, "auto", {"label": "is_good"})["rejected"] == [QA[1]]
 
 
 def test_fields_are_mapped_by_name():

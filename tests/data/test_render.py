@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ftpipe.data.render import Rendered, Renderer, RenderError
+from ftpipe.data.labels import LabelChecks
+from ftpipe.data.render import Rendered, Renderer, RenderError, judged
 from ftpipe.errors import ConfigError
 from tests.tiny import CHAT_TEMPLATE
 
@@ -86,6 +88,53 @@ def test_preference_pairs_train_the_answers_only(tokenizer):
     assert chosen.input_ids[: chosen.prompt_length] == rejected.input_ids[: rejected.prompt_length]
     row = {"format": "preference", "messages": CHAT[:4], "chosen": [{"role": "assistant", "content": "Yes."}], "rejected": None}
     assert renderer.row(row) == chosen
+
+
+SHOWS_TOOLS = ("{% if tools %}<|im_start|>system\nTools:\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}" + CHAT_TEMPLATE)
+TOOL_CHAT = [{"role": "tools", "content": '[{"type": "function", "function": {"name": "weather", "description": "of a town"}}]'},
+             {"role": "user", "content": "Oslo?"}, {"role": "assistant", "content": '{"name": "weather"}'}, {"role": "tool", "content": "rain"},
+             {"role": "assistant", "content": "Rain."}]
+
+
+def test_tool_definitions_are_shown_by_the_template_and_not_trained(tokenizer):
+    """What is trained is what is trained without them; the prompt is that of `apply_chat_template(..., tools=...)`."""
+    tokenizer.chat_template = SHOWS_TOOLS
+    renderer = Renderer(tokenizer)
+    rendered, plain = renderer.messages(TOOL_CHAT), renderer.messages(TOOL_CHAT[1:])
+    tools = json.loads(TOOL_CHAT[0]["content"])
+    own = tokenizer.apply_chat_template(TOOL_CHAT[1:2], tools=tools, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert rendered.input_ids[: rendered.prompt_length] == own == renderer.prompt(TOOL_CHAT[:2])
+    assert '"weather", "description": "of a town"' in tokenizer.decode(own)
+    assert trained_text(renderer, rendered) == trained_text(renderer, plain) == '{"name": "weather"}<|im_end|>Rain.<|im_end|>'
+    extra = len(rendered.input_ids) - len(plain.input_ids)
+    assert extra > 50 and rendered.input_ids[extra:] == plain.input_ids and not any(rendered.trained[:extra])
+    assert renderer.shows_tools
+    row = {"format": "messages", "messages": TOOL_CHAT, "chosen": None, "rejected": None}
+    (verdict,) = LabelChecks(renderer, 400).rows([row])
+    assert verdict.reason is None and verdict.tokens == len(rendered.input_ids)
+    (mixed,) = LabelChecks(renderer, 400).rows([row | {"messages": TOOL_CHAT[1:]}])
+    assert mixed.reason is None
+
+
+def test_a_template_without_tools_says_so_and_a_broken_definition_is_refused(tokenizer):
+    renderer = Renderer(tokenizer)
+    assert not renderer.shows_tools
+    assert renderer.messages(TOOL_CHAT) == renderer.messages(TOOL_CHAT[1:])
+    with pytest.raises(RenderError, match="no longer JSON"):
+        renderer.messages([TOOL_CHAT[0] | {"content": "[{"}, *TOOL_CHAT[1:]])
+    tokenizer.chat_template = "{% if tools and messages[0].role != 'system' %}{{ raise_exception('tools need a system turn') }}{% endif %}" + SHOWS_TOOLS
+    assert Renderer(tokenizer).shows_tools
+
+
+def test_an_answer_called_bad_is_rendered_for_nobody_that_does_not_ask(tokenizer):
+    renderer = Renderer(tokenizer)
+    good = {"format": "unpaired", "messages": CHAT[:4], "chosen": [CHAT[4]], "rejected": None}
+    bad = good | {"chosen": None, "rejected": [CHAT[4]]}
+    assert trained_text(renderer, renderer.row(good)) == " \nNo. <|im_end|>"
+    with pytest.raises(RenderError, match="called bad"):
+        renderer.row(bad)
+    assert renderer.row(judged(bad)) == renderer.row(good)
+    assert [v.reason for v in LabelChecks(renderer, 400).rows([good, bad])] == [None, None], "both can be trained on, by whoever asks"
 
 
 @pytest.mark.parametrize("template, reason", [

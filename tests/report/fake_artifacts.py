@@ -277,19 +277,26 @@ def _train(run: FakeRun, rng, name, source, ids, times, lengths, gain):
     trained = int(sum(lengths[i][1] * t for i, t in zip(ids, times)) / steps)
     total = int(sum(sum(lengths[i]) * t for i, t in zip(ids, times)) / steps)
     at = np.arange(1, steps + 1)
+    notes = np.where(at % 2, trained // 4, trained // 2)  # trained tokens of the smaller of two sources
+    sources = {"python:<lib>": trained - notes, "notes.jsonl": notes}
 
     def write(out: Path) -> dict[str, int]:
         loss = 3.46 - gain * (1 - np.exp(-at / 14)) + rng.normal(0, 0.09, steps)
         pq.write_table(pa.table({"step": at, "epoch": np.zeros(steps, dtype=int), "loss": loss, "grad_norm": rng.gamma(8, 0.1, steps),
                                  "learning_rate": 1e-3 * np.minimum(at / 5, (steps - at) / (steps - 5)), "tokens": np.full(steps, total),
-                                 "trained_tokens": np.full(steps, trained)}), out / "metrics.parquet")
-        pq.write_table(pa.table({"row_id": ids, "times": times, "first_step": [1] * len(ids), "last_step": [steps] * len(ids)}), out / "seen.parquet")
+                                 "trained_tokens": np.full(steps, trained),
+                                 **{f"loss/{s}": loss + 0.2 * i + 0.1 * (at % 2) for i, s in enumerate(sources)},
+                                 **{f"trained_tokens/{s}": n for s, n in sources.items()}}), out / "metrics.parquet")
+        pq.write_table(pa.table({"row_id": ids, "times": times, "first_step": [1] * len(ids), "last_step": [steps] * len(ids),
+                                 "tokens": [sum(lengths[i]) for i in ids], "trained_tokens": [lengths[i][1] for i in ids]}), out / "seen.parquet")
         (out / "adapter").mkdir()
         (out / "adapter" / "adapter_model.safetensors").write_bytes(b"not a tensor")
         write_json(out / "adapter" / "ftpipe_adapter.json", {"method": {"lora": {"r": 16, "alpha": 32}}, "base": MODEL, "tokenizer": "a1" * 32,
                                                              "chat_template": "b2" * 32, "dtype": "bfloat16", "trainable": 921_600})
         write_json(out / "train.json", {"steps": steps, "epochs": 1, "rows": len(ids), "tokens": total * steps, "trained_tokens": trained * steps,
-                                        "trainable": 921_600, "parameters": 135_436_608})
+                                        "trainable": 921_600, "parameters": 135_436_608,
+                                        "sources": {s: {"rows": 20 * (i + 1), "tokens": 3 * int(n.sum()), "trained_tokens": int(n.sum())}
+                                                    for i, (s, n) in enumerate(sources.items())}})
         return decide(out, name, ids, [None] * len(ids), [float(t) for t in times]) | {"steps": steps}
 
     run.add(name, "train", [source], write, externals={"model": MODEL}, libraries={"torch": "2.13.0", "peft": "0.21.2", "deepspeed": "0.19.8"}, seconds=71.3,

@@ -212,6 +212,22 @@ def test_the_trained_part_of_the_example_is_marked(page):
     assert "<mark>Return the path of a new file.\nIt is removed when closed.&lt;|im_end|&gt;</mark>" in page
 
 
+def test_training_shows_losses_and_tokens_by_source_and_tokens_by_row(run, page):
+    """Means over tokens, not over steps, of the first and the last tenth; worked out here from the artifact."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    text = text_of(page)
+    metrics = pq.read_table(run.artifacts["adapter"].file("metrics.parquet")).to_pydict()
+    for name in ("python:<lib>", "notes.jsonl"):
+        loss, tokens = (np.array(metrics[f"{k}/{name}"]) for k in ("loss", "trained_tokens"))
+        first, last = ((loss[p] * tokens[p]).sum() / tokens[p].sum() for p in (slice(6), slice(-6, None)))
+        assert abs(first - loss[:6].mean()) > 5e-4 or name == "python:<lib>"
+        assert f"{name} {20 if 'python' in name else 40} {3 * tokens.sum():,} {tokens.sum():,} {first:.3f} {last:.3f}" in text
+    seen = pq.read_table(run.artifacts["adapter"].file("seen.parquet")).to_pydict()
+    assert f"trained tokens in a row: median, most {round(np.median(seen['trained_tokens'])):,}, {max(seen['trained_tokens']):,}" in text
+
+
 @pytest.mark.parametrize("names, sections", [
     (["rows"], ["funnel", "lineage"]),
     (["audit"], ["funnel", "scores", "audit", "lineage"]),

@@ -80,6 +80,25 @@ def train(folder: Path, model: Path, rows: list[dict[str, Any]] | None = None, *
     return ctx
 
 
+def in_process(folder: Path, model: Path, monkeypatch: Any, rows: list[dict[str, Any]] | None = None, *, report: Any = None, **settings: Any) -> Path:
+    """What rank 0 of one does, in this process (needs the fixture `alone`): rows rendered, `loop.train`. Returns the folder with the result."""
+    from contextlib import nullcontext
+
+    from ftpipe.data.rows import RowSet
+    from ftpipe.train import loop, rendering
+    from ftpipe.train.lifeline import Reporter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ctx, wanted = context(folder, rows if rows is not None else lessons()), stage(model, **{"ranks": 1, "zero": 0} | settings)
+    job = wanted._job(ctx, wanted.externals(ctx.env)["model"])
+    rendering.render(wanted, ctx, RowSet(ctx.inputs["rows"]).table(), Path(job.tokens))
+    Path(job.checkpoints).mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "process_group", lambda job: nullcontext())
+        loop.train(job, report or Reporter())
+    return Path(job.result)
+
+
 def stage(folder: Path, **settings: Any) -> Train:
     return Train(**({"rows": "rows", "model": str(folder), "seed": 1, "dtype": "float32", "batch_tokens": 128, "rows_per_step": 8, "learning_rate": 1e-2,
                      "adapt": {"lora": {"r": 4}}, "heartbeat": 60} | settings))

@@ -47,6 +47,21 @@ def examples(n: int = 24, seed: int = 0) -> list[Example]:
     return found
 
 
+def judged(n: int = 8, seed: int = 0) -> list[Example]:
+    """For `kto`: random prompts and answers, every third called bad. The other sequence is the same prompt with the next row's answer."""
+    import random
+
+    draw = random.Random(seed)
+    parts = [([draw.randint(3, 250) for _ in range(draw.randint(4, 12))], [draw.randint(3, 250) for _ in range(draw.randint(3, 20))]) for _ in range(n)]
+    found = []
+    for i, (prompt, said) in enumerate(parts):
+        other = parts[(i + 1) % n][1]
+        pair = [([*prompt, *said], [False] * len(prompt) + [True] * len(said)), ([*prompt, *other], [False] * (len(prompt) + len(other)))]
+        ids, trained = zip(*(pair[::-1] if i % 3 == 2 else pair), strict=True)
+        found.append(Example(f"r{i}", ids, trained))
+    return found
+
+
 def job(rendezvous: Path, world: int = 1, dtype: str = "float32") -> Job:
     return Job(model="", identity={}, workspace="", base="", pipeline="", seed=0, dtype=dtype, zero=0, world=world, threads=1, device="cpu", heartbeat=60,
                parts={}, learning_rate=0,
@@ -155,6 +170,7 @@ CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "lisa": {"zero": 3, "adapt": {"lisa": {"active": 1, "every": 2}}, "optimizer": {"adamw": {"eps": 1e-3}}},
     "gmt": {"zero": 3, "adapt": {"gmt": {"keep_ratio": 0.2}}, "optimizer": {"adamw": {"eps": 0.1}}},
     "s2ft": {"zero": 3, "adapt": {"s2ft": {"down": 0.1, "output": 0.4, "up": 0.05, "value": 0.5}}},
+    "kto": {"zero": 2, "objective": "kto", "batch_tokens": 60, "rows_per_step": 5},
     "talr": {"zero": 2, "objective": "talr", "batch_tokens": 50, "rows_per_step": 5},
     "noise": {"zero": 3, "regularizers": [{"noisefit": {"layers": 1, "noise_std": 1.0}}, "masked_thought", "neftune"], "batch_tokens": 50, "rows_per_step": 5},
 }
@@ -165,7 +181,7 @@ def case(model: Path, settings: dict[str, Any], **where: int) -> dict[str, Any]:
     """What one case comes to: records, and the trained parameters' values and optimizer state as nested lists."""
     take = {k: v for k, v in settings.items() if k in TAKE}
     run = small_run(model, **{k: v for k, v in settings.items() if k not in TAKE}, **where)
-    records = steps(run, examples(), 4, **take)
+    records = steps(run, judged(24) if settings.get("objective") == "kto" else examples(), 4, **take)
     values = {n: v.flatten().tolist() for n, v in run.engine.state().items()}
     state = {n: {k: float(v.sum()) for k, v in s.items()} for n, s in run.engine.optimizer_state().items()}
     run.engine.deepspeed.destroy()

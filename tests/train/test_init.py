@@ -197,6 +197,41 @@ def test_corda_is_the_decomposition_of_the_weight_times_the_second_moment(model)
         torch.testing.assert_close(b @ a, weight_of(layer).double(), rtol=1e-4, atol=1e-6)
 
 
+def test_corda_looks_at_the_rows_of_the_stage_that_its_calibration_names(tiny_model, tmp_path):
+    """Through the stage, without ranks: the rows rendered for it, what a rank's `run.calibration` gives, and the start that follows, kpm and ipm."""
+    from pathlib import Path
+
+    from ftpipe.data.rows import RowSet
+    from ftpipe.errors import ConfigError
+    from ftpipe.train import rendering, setup
+    from ftpipe.train.lifeline import Reporter
+    from tests.train import planted
+
+    general = [planted.messages(f"Which {w}?", f"The {w} is {'xyz'[i % 3] * 9}.") for i, w in enumerate(("river", "king", "sea", "hill", "year"))]
+    starts = {}
+    for name, settings in {"own": {}, "kpm": {"calibration": "general"}, "ipm": {"calibration": "general", "mode": "ipm"}}.items():
+        ctx = planted.context(tmp_path / name, planted.lessons(6))
+        ctx.inputs["general"] = planted.rows_artifact(tmp_path / name / "general", [*general, {"format": "messages", "messages": general[0]["messages"][:1]}])
+        stage = planted.stage(tiny_model, ranks=1, zero=0, adapt={"corda": {"r": 4, "mode": "kpm"} | settings})
+        assert ("general" in stage.refs()) == (name != "own")
+        job = stage._job(ctx, {})
+        rendering.render(stage, ctx, RowSet(ctx.inputs["rows"]).table(), Path(job.tokens))
+        run = setup.prepare(job, Reporter(), {})
+        seen = [b.row_ids[0] for b in run.calibration(99)]
+        assert len(seen) == (6 if name == "own" else 5) and (name == "own" or "r5" not in seen)
+        if name != "own":
+            tokenizer = run.load_tokenizer()
+            asked = {tokenizer.decode(b.input_ids[0]).partition("Which ")[2].partition("?")[0] for b in run.calibration(99)}
+            assert asked == {"river", "king", "sea", "hill", "year"}
+        starts[name] = {n: pair(run, n)[1] for n in layers_of(run)}
+    for name in starts["own"]:
+        assert not starts["own"][name].allclose(starts["kpm"][name], atol=1e-3), "other rows, another start"
+        assert not starts["ipm"][name].allclose(starts["kpm"][name], atol=1e-3), "another mode, another start"
+    gate = type("Gate", (), {"produces": "verdict"})()
+    with pytest.raises(ConfigError, match="corda's calibration names 'general', which makes verdict"):
+        stage.check(planted.context(tmp_path / "check", []).env, {"general": gate})
+
+
 def test_eva_finds_the_principal_directions_and_spends_its_rank_where_they_explain_most(model):
     import torch
 

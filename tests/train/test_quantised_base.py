@@ -124,6 +124,34 @@ def test_it_starts_at_the_quantised_base_and_loads_to_what_was_trained(name, ada
     torch.testing.assert_close(logits(run.adapt.merge(plain), ids), logits(loaded, ids), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_on_a_quantised_base_goes_on_after_a_kill_to_the_same_bytes(name, model, tmp_path, monkeypatch):
+    """The loop as a rank runs it, stopped when it reports its fifth step, two steps behind a checkpoint of a base that is made small anew."""
+    from ftpipe.train.lifeline import Reporter
+
+    class Stops(Reporter):
+        steps: list[int] = []
+
+        def __call__(self, event, **values):
+            if event == "step":
+                self.steps.append(values["step"])
+                if values["step"] == 5 and self.steps.count(5) == 1:
+                    raise KeyboardInterrupt
+
+    settings = {"quantize": name, "dtype": "bfloat16", "zero": 2, "epochs": 3, "checkpoint_every": 3, "adapt": {"lora": {"r": 4, "dropout": 0.2}}}
+    report = Stops()
+    report.steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        planted.in_process(tmp_path / "killed", model, monkeypatch, report=report, **settings)
+    resumed = planted.in_process(tmp_path / "killed", model, monkeypatch, report=report, **settings)
+    assert report.steps == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9]
+    straight = planted.in_process(tmp_path / "straight", model, monkeypatch, **settings)
+    files = [p.relative_to(straight) for p in sorted(straight.rglob("*")) if p.is_file()]
+    assert len(files) >= 4
+    assert all((resumed / f).read_bytes() == (straight / f).read_bytes() for f in files)
+
+
 def test_the_stage_says_what_the_base_was(trained, model):
     from transformers import AutoModelForCausalLM
 

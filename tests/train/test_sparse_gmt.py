@@ -62,6 +62,38 @@ def test_the_largest_entries_of_each_gradient_are_left_and_exactly_those_move(mo
     assert all(not masks[0][n].equal(masks[1][n]) for n in masks[0] if masks[0][n].dim() == 2), "the mask is made anew at each step"
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_one_threshold_for_the_whole_model_leaves_the_largest_entries_of_all(model, zero):
+    """Against one sort of all entries; the share of a tensor then differs from tensor to tensor."""
+    import torch
+
+    run = small_run(model, zero=zero, adapt=Seen(keep_ratio=0.1, scope="model"), optimizer=Sgd(), clip=0.0)
+    (record,) = steps(run, examples(), 1)
+    before, after = run.cache["seen"][0]
+    size = torch.cat([g.abs().flatten() for g in before.values()])
+    n = int(0.1 * size.numel())
+    threshold = size.sort(descending=True).values[n - 1]
+    for name, gradient in before.items():
+        assert after[name].equal(gradient * (gradient.abs() >= threshold)), name
+    kept = {n: float((g != 0).float().mean()) for n, g in after.items()}
+    assert record["gmt_kept"] == pytest.approx(n / size.numel(), rel=1e-3)
+    assert max(kept.values()) > 0.2 and min(kept.values()) < 0.05, kept
+
+
+def test_the_threshold_of_the_model_is_exact_for_any_values():
+    """Ties, zeros, numbers that differ in their last bit and in their order of magnitude."""
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    tensors = {"wide": torch.randn(300, generator=draw) * torch.logspace(-40, 30, 300), "close": 1 + torch.arange(64) * 2.0**-23, "zero": torch.zeros(9),
+               "same": torch.full((20,), -0.5), "one": torch.tensor([[2.0]])}
+    run = type("R", (), {"engine": type("E", (), {"names": list(tensors), "gradient": staticmethod(lambda name: tensors[name].clone())})})
+    every = torch.cat([t.abs().flatten() for t in tensors.values()]).sort(descending=True).values
+    for ratio in (1e-9, 0.01, 0.1, 0.3, 0.55, 0.999, 1.0):
+        found = Gmt(keep_ratio=ratio, scope="model").threshold(run)
+        assert found.equal(every[max(1, int(ratio * len(every))) - 1]), ratio
+
+
 @pytest.mark.parametrize("zero", [0, 2])
 def test_a_ratio_of_one_is_full_fine_tuning_to_the_bit(model, zero):
     full, all_kept, some = (small_run(model, zero=zero, adapt=a) for a in ("full", {"gmt": {"keep_ratio": 1.0}}, {"gmt": {"keep_ratio": 0.5}}))

@@ -17,7 +17,7 @@ from ftpipe.curate.dedup.base import Dedup
 from ftpipe.curate.shingles import BATCH
 from ftpipe.curate.step import StepContext, connection
 from ftpipe.curate.text import Part
-from ftpipe.data.rows import RowSet, content_id
+from ftpipe.data.rows import TOOLS, RowSet, content_id
 
 if TYPE_CHECKING:
     import duckdb
@@ -48,7 +48,7 @@ def turns(row: dict[str, Any], part: Part) -> Iterator[tuple[dict[str, Any], str
     pair = {"all": ["messages", "chosen", "rejected"], "prompt": ["messages"], "answer": ["chosen", "rejected"]}[part]
     for column in ["messages"] if row["format"] == "messages" else pair:
         for turn in row[column] or ():
-            if part == "all" or (turn["role"] == "assistant") == (part == "answer"):
+            if turn["role"] != TOOLS and (part == "all" or (turn["role"] == "assistant") == (part == "answer")):
                 yield turn, "content"
 
 

@@ -40,6 +40,10 @@ class LoraLinear(torch.autograd.Function):
 
 def install(model: nn.Module) -> int:
     """Give PEFT's plain LoRA layers this forward pass; returns how many. What they cannot do falls back to PEFT's at each call."""
+    import sys
+
+    if "peft" not in sys.modules:
+        return 0
     from peft.tuners.lora.layer import Linear
 
     layers = [m for m in model.modules() if type(m) is Linear and type(m.get_base_layer()) is nn.Linear and not m.lora_variant]

@@ -28,6 +28,7 @@ def build(run: RunData) -> dict[str, Any] | None:
     legend = [{"name": c["name"], "colour": c["colour"]} for c in curves]
     return {"losses": losses(curves, "losses", "Training loss over trained tokens") if curves else None, "legend": legend, "plots": plots,
             "names": list(trained), "facts": _side_by_side([_facts(a) for a in trained.values()]),
+            "sources": _sources(next(iter(trained.values()))), "sources_of": next(iter(trained)),
             "settings": _side_by_side([_flat(_settings(a)) for a in trained.values()])}
 
 
@@ -49,6 +50,29 @@ def _curve(name: str, artifact: Artifact, colour: str) -> dict[str, Any] | None:
         if column in read and np.isfinite(read[column]).any():
             curve[column] = read[column][thin]
     return curve
+
+
+def _sources(artifact: Artifact) -> list[dict[str, str]]:
+    """Of each source of rows how much was trained on, and its mean loss of a token in the first and the last tenth of the steps; none for a single source."""
+    import numpy as np
+
+    told = artifact.json("train.json").get("sources", {}) if artifact.has("train.json") else {}
+    if len(told) < 2 or not artifact.has("metrics.parquet"):
+        return []
+    read = {k: np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+            for k, values in table(artifact, "metrics.parquet").to_pydict().items() if k.startswith(("loss/", "trained_tokens/"))}
+    lines = []
+    for name, of in sorted(told.items(), key=lambda s: (-s[1]["trained_tokens"], s[0])):
+        line = {"name": name, "rows": count(of["rows"]), "tokens": count(of["tokens"]), "trained_tokens": count(of["trained_tokens"]), "first": "", "last": ""}
+        losses, tokens = read.get(f"loss/{name}"), read.get(f"trained_tokens/{name}")
+        if losses is not None and tokens is not None:
+            tenth = max(len(losses) // 10, 1)
+            for key, part in (("first", slice(None, tenth)), ("last", slice(-tenth, None))):
+                weights = np.nan_to_num(tokens[part])
+                if weights.sum():
+                    line[key] = number(float((np.nan_to_num(losses[part]) * weights).sum() / weights.sum()), 3)
+        lines.append(line)
+    return lines
 
 
 def _running_mean(values: Any) -> Any:
@@ -84,6 +108,10 @@ def _facts(artifact: Artifact) -> dict[str, str]:
     facts = {title: count(stated[key]) for key, title in (("steps", "steps"), ("epochs", "epochs"), ("rows", "rows"), ("tokens", "tokens seen"),
                                                           ("trained_tokens", "tokens trained on"), ("trainable", "parameters that train"))
              if isinstance(stated.get(key), (int, float))}
+    if artifact.has("seen.parquet"):
+        for name, values in table(artifact, "seen.parquet", ("tokens", "trained_tokens")).to_pydict().items():
+            if values:
+                facts[f"{name.replace('_', ' ')} in a row: median, most"] = f"{count(float(np.median(values)))}, {count(max(values))}"
     if artifact.has("metrics.parquet"):
         values = [v for v in table(artifact, "metrics.parquet", ("loss",)).to_pydict().get("loss", []) if v is not None]
         if values:

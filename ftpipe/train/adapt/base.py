@@ -42,6 +42,10 @@ class Adapt(Method):
         """Whether it trains, with these settings, on a base whose linear layers the method `quantize` of models/quantize made small."""
         return quantize in vars(type(self)).get("quantized", ())
 
+    def looks_at(self) -> str | None:
+        """The stage whose rows `run.calibration` shows to `prepare`; None for those of training."""
+        return None
+
     @abstractmethod
     def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
         """The model to train, from a base model whose parameters are all frozen and in `run.dtype`.

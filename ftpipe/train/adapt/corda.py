@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from ftpipe.errors import DataError
+from ftpipe.stages.base import Ref
 from ftpipe.train.adapt._activations import observe
 from ftpipe.train.adapt._lora import weight_of
 from ftpipe.train.adapt._moved import MovedLora, halves
@@ -28,8 +29,8 @@ class Corda(MovedLora):
     As in the authors' code each row's inputs are divided by their largest before X^T X is taken, no mean is taken off, and `damping` times the mean of
     C's diagonal is added to the diagonal. (The scale of C does not change B0 A0, but how it is shared between A and B.) Unlike there the algebra is
     float64, with a solve in place of an inverse, and W stays as it is (see `_moved`). Takes inputs^2 x 4 bytes for each input that layers do not
-    share. What is saved is a LoRA of rank 2r over the base. The rows looked at are the run's own: the paper takes those of `kpm` from question
-    answering about what is to be kept, so `kpm` keeps that as far as the training rows hold such rows (mixed in, say).
+    share. What is saved is a LoRA of rank 2r over the base. The rows looked at are those of training, which is what `ipm` is for; for `kpm` the paper
+    takes question answering about what is to be kept, which `calibration` names (without it `kpm` keeps what the training rows need).
     """
 
     paper: ClassVar[str] = "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models"
@@ -38,7 +39,12 @@ class Corda(MovedLora):
     mode: Literal["ipm", "kpm"] = Field(default="ipm", description="`ipm` (instruction-previewed) trains the r largest terms, for the rows looked at; `kpm` "
                                         "(knowledge-preserved) the r smallest, so that what matters for those rows stays frozen.")
     rows: int = Field(default=256, ge=1, description="Rows that are looked at before training. Together they should have more tokens than a layer has inputs.")
+    calibration: Ref | None = Field(default=None, description="Stage whose train rows are looked at: about the task for `ipm`, about what is to be kept for "
+                                    "`kpm`. The rows of training if not set.")
     damping: float = Field(default=0.01, gt=0, description="Share of the mean of C's diagonal that is added to the diagonal, so that C can be inverted.")
+
+    def looks_at(self) -> str | None:
+        return self.calibration
 
     def starts(self, model: torch.nn.Module, layers: Mapping[str, Any], run: Run) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         import torch

@@ -19,7 +19,7 @@ class Dft(Objective):
     """
 
     paper: ClassVar[str] = "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"
-    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference")
+    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 

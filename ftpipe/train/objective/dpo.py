@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ftpipe.errors import DataError
+from ftpipe.train.objective._reference import keep_reference, reference
 from ftpipe.train.objective._sequences import totals
 from ftpipe.train.objective.base import Example, Objective
 from ftpipe.train.run import Batch, Run
@@ -50,12 +51,9 @@ class Dpo(Objective):
         return float(len(examples))
 
     def prepare(self, run: Run) -> None:
-        without = run.adapt.without(run.model)
-        if without is None:
-            run.cache["dpo"] = run.load_base()
+        keep_reference(run)
 
     def loss(self, run: Run, batch: Batch) -> torch.Tensor:
-        import torch
         from torch.nn.functional import logsigmoid
 
         from ftpipe.train.forward import token_losses
@@ -64,16 +62,9 @@ class Dpo(Objective):
             """Log probability of each answer: [2 pairs]."""
             return totals(-token_losses(model, batch), batch, 2 * int(batch.count))
 
-        with torch.no_grad():
-            if "dpo" in run.cache:
-                reference = answers(run.cache["dpo"])
-            else:
-                training = run.model.training
-                run.model.eval()
-                with run.adapt.without(run.model):
-                    reference = answers(run.model)
-                run.model.train(training)
-        gain = answers(run.model) - reference
+        with reference(run) as model:
+            before = answers(model)
+        gain = answers(run.model) - before
         chosen, rejected = gain[0::2], gain[1::2]
         for name, value in (("margin", self.beta * (chosen - rejected).detach().sum()), ("pairs_right", (chosen > rejected).sum())):
             run.sums[name] = run.sums.get(name, 0.0) + float(value) * batch.weight

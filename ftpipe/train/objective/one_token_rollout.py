@@ -24,7 +24,7 @@ class OneTokenRollout(Objective):
     """
 
     paper: ClassVar[str] = "One-Token Rollout: Guiding Supervised Fine-Tuning of LLMs with Policy Gradient"
-    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference")
+    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 

@@ -21,7 +21,7 @@ class ResponseTuning(Sft):
     """
 
     paper: ClassVar[str] = "Response Tuning: Aligning Large Language Models without Instruction"
-    formats: ClassVar[tuple[str, ...]] = ("messages", "preference")
+    formats: ClassVar[tuple[str, ...]] = ("messages", "preference", "unpaired")
 
     def encode(self, rows: Iterable[dict[str, Any]], renderer: Renderer) -> Iterator[Example | DataError]:
         opening, head = header(renderer)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 class Sft(Objective):
     """Mean over all trained tokens of a step of -log p(token | what came before); prompts are read, not learnt. Every token weighs the same,
-    whichever row, micro-batch or rank it is in. Of a preference pair the chosen answer is learnt.
+    whichever row, micro-batch or rank it is in. Of a preference pair the chosen answer is learnt, and an answer that was called bad is not.
     """
 
-    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference")
+    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 

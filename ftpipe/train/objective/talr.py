@@ -28,7 +28,7 @@ class Talr(Objective):
     """
 
     paper: ClassVar[str] = "SFT Doesn't Always Hurt General Capabilities: Revisiting Domain-Specific Fine-Tuning in LLMs"
-    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference")
+    formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 
