@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import platform
 import signal
@@ -94,7 +93,7 @@ class Ray(Engine):
 
         if ray.is_initialized():
             return ray
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if self.address == LOCAL:
             quiet |= {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
         before = signal.getsignal(signal.SIGTERM)
