@@ -99,7 +99,7 @@ class Ray(Engine):
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self.address, **quiet)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InfrastructureError(f"no Ray cluster can be reached: {_first_line(error)}", where=f"engine: ray at {self.address}",
                                       remedy="start one (`ray start --head`), correct `address`, or leave `engine` out") from error
         finally:

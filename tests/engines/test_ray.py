@@ -63,7 +63,7 @@ def free_port() -> int:
 def pipeline(tmp_path, model, name, **top):
     """Near duplicates, personal data, sentences that repeat, and rows that give held-out ones away: planted, and all of it dealt with."""
     rng = random.Random(4)
-    texts = sorted(planted(5, clusters=40))
+    texts = sorted(planted(5, clusters=30))
     rows = [{"prompt": f"question {i} {rng.random()}", "completion": said + rng.choice([".", ". Mail a.b@acme.io.", ". I hope that this is of help."])}
             for i, said in enumerate(texts)]
     rows += [{"prompt": r["prompt"], "completion": "never mind. " + r["completion"]} for r in rows[::9]]
@@ -78,7 +78,7 @@ def pipeline(tmp_path, model, name, **top):
 def test_a_chain_of_steps_makes_the_same_bytes_as_on_one_machine(tmp_path, tiny_model, engine, monkeypatch):
     monkeypatch.setattr(_bands, "TEXTS", 32)
     monkeypatch.setattr("ftpipe.curate.filter.personal_data.READ", 50)
-    monkeypatch.setattr("ftpipe.models.spread.SHARD_TOKENS", 2000)
+    monkeypatch.setattr("ftpipe.models.spread.SHARD_TOKENS", 10**6)  # one worker has to import torch
     sent = []
     remote = ray.remote
     monkeypatch.setattr(ray, "remote", lambda **options: sent.append(options) or remote(**options))
@@ -91,7 +91,7 @@ def test_a_chain_of_steps_makes_the_same_bytes_as_on_one_machine(tmp_path, tiny_
         assert there[name].counts == artifact.counts
     dropped = {name.rpartition("/")[2]: a.counts["rows_in"] - a.counts["rows_kept"] for name, a in here.items()}
     assert dropped["minhash"] > 10 and dropped["personal_data"] > 20 and dropped["sentences"] > 20 and dropped["decontaminate"] > 0, dropped
-    assert there["curated/loss"].manifest["notes"]["scored"] == there["curated/loss"].counts["rows_kept"] > 100
+    assert there["curated/loss"].manifest["notes"]["scored"] == there["curated/loss"].counts["rows_kept"] > 50
 
 
 def where(item: int, marker: str) -> tuple[int, str]:
