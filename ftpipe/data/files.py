@@ -95,10 +95,10 @@ class File:
         """What changes when the content does, for the key of a stage.
 
         On this machine, the SHA-256 of the content (remembered in `cache` by size and modification time). Of a file elsewhere, what its store says of the
-        content: an MD5 or a strong ETag, which S3, Google, Azure and the hub change with every write, and which costs one question and no reading. A weak
-        ETag (`W/...`) may stay the same over a change, and size and date do not show a change of equal length within the date's grain (a second in
-        HTTP, FTP and SFTP): where there is nothing better the file is read and its SHA-256 taken, remembered by size and date once it is old enough
-        for the date to tell.
+        content: an MD5 or a strong ETag, which S3, Google, Azure and the hub change with every write, and which costs one question and no reading (that of
+        a plain web server is as good as the server makes it). A weak ETag (`W/...`) may stay the same over a change, and size and date do not show a change
+        of equal length within the date's grain (a second in HTTP, FTP and SFTP): where there is nothing better the file is read and its SHA-256 taken,
+        remembered by size and date once it is old enough for the date to tell.
         """
         from ftpipe.models.hashes import cached_digest, remembered
 

@@ -8,7 +8,9 @@ import random
 import signal
 import socket
 import time
+import uuid
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,26 +23,30 @@ from ftpipe.pipeline import runner, spec
 from tests.artifacts import decisions, rows_artifact, run_step, text
 from tests.curate.test_minhash import planted
 
-ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'ftpipe[ray]')")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (pip install 'ftpipe[ray]')")
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """Two nodes of one processor each."""
+    import ray
     from ray.cluster_utils import Cluster
 
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # a node starts a dozen processes, and compiling Ray in each takes longer than it waits
-        os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
-    cluster = Cluster()
-    try:
-        for _ in range(2):
-            _add_node(cluster)
-        cluster.wait_for_nodes()
-        yield Ray(address=cluster.address)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_AUTH_TOKEN": uuid.uuid4().hex}.items():
+            patch.setenv(name, value)
+        if "PYTHONDONTWRITEBYTECODE" in os.environ:  # a node starts a dozen processes, and compiling Ray in each takes longer than it waits
+            patch.delenv("PYTHONDONTWRITEBYTECODE")
+            patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
+        cluster = Cluster()
+        try:
+            for _ in range(2):
+                _add_node(cluster)
+            cluster.wait_for_nodes()
+            yield Ray(address=cluster.address)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def _add_node(cluster, tries: int = 3) -> None:
@@ -79,8 +85,9 @@ def test_a_chain_of_steps_makes_the_same_bytes_as_on_one_machine(tmp_path, tiny_
     monkeypatch.setattr(_bands, "TEXTS", 32)
     monkeypatch.setattr("ftpipe.curate.filter.personal_data.READ", 50)
     monkeypatch.setattr("ftpipe.models.spread.SHARD_TOKENS", 10**6)  # one worker has to import torch
-    sent = []
-    remote = ray.remote
+    import ray
+
+    sent, remote = [], ray.remote
     monkeypatch.setattr(ray, "remote", lambda **options: sent.append(options) or remote(**options))
     here = runner.run(pipeline(tmp_path, tiny_model, "here")).artifacts
     assert not sent
@@ -94,16 +101,17 @@ def test_a_chain_of_steps_makes_the_same_bytes_as_on_one_machine(tmp_path, tiny_
     assert there["curated/loss"].manifest["notes"]["scored"] == there["curated/loss"].counts["rows_kept"] > 50
 
 
-def where(item: int, marker: str) -> tuple[int, str]:
-    (Path(marker) / str(item)).touch()
-    time.sleep(0.1)
+def where(item: int, seconds: float) -> tuple[int, str]:
+    import ray
+
+    time.sleep(seconds)
     return item, ray.get_runtime_context().get_node_id()
 
 
-def test_both_nodes_work_and_results_come_in_order(tmp_path, engine):
-    results = list(engine.map(where, range(12), common=(str(tmp_path),), alone=True))
+def test_both_nodes_work_and_results_come_in_order(engine):
+    results = list(engine.map(where, range(12), common=(0.1,), alone=True))
     assert [i for i, _ in results] == list(range(12)) and len({node for _, node in results}) == 2
-    assert len(list(engine.map(where, [], common=(str(tmp_path),)))) == 0
+    assert len(list(engine.map(where, [], common=(0.1,)))) == 0
 
 
 def dying(marker: str, batch, **settings):
