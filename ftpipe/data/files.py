@@ -71,13 +71,18 @@ class File:
     def open(self, block: int = 0) -> BinaryIO:
         """Its bytes, seekable where the server gives parts of files; `block` of them (`BLOCK` by default) are asked of a server at a time.
 
-        Reading raises InfrastructureError for what a server or the network does wrong, never OSError.
+        Opening raises InfrastructureError if a file elsewhere is no longer the one that was found, so that parts of two are never joined. Reading raises it
+        for what a server or the network does wrong, never OSError.
         """
         if not is_url(self.path):
             return Path(self.path).open("rb")
         fs, path = connect(self.path)
         block = block or BLOCK
         with explained(self.path):
+            fs.invalidate_cache()
+            now = _file(fs, path, fs.info(path))
+            if (now.size, now.tag or now.changed) != (self.size, self.tag or self.changed):
+                raise InfrastructureError("it was replaced after the run had looked at it", where=self.path, remedy="run again; it is another file now")
             raw = fs.open(path, "rb", block_size=block)
         return io.BufferedReader(_Stream(raw, self), min(block, 2**20))
 
@@ -205,7 +210,7 @@ def _tag(info: dict[str, Any]) -> str | None:
     for name in TAGS:
         value = info.get(name)
         if isinstance(value, str) and value and not value.startswith("W/"):
-            return f"{name} {value}"
+            return f"{name} {value.strip(chr(34))}"  # quoted by some, and by some only here and there
     return None
 
 

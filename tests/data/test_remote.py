@@ -191,14 +191,18 @@ def test_what_cannot_be_read_is_said_before_any_work(tmp_path, store, monkeypatc
     assert not (tmp_path / "ws").exists()
 
 
-def test_a_file_that_ends_early_or_a_server_that_goes_away_is_no_row(store, env, tmp_path):
+def test_a_file_that_ends_early_or_a_server_that_goes_away_is_no_row(store, env, monkeypatch):
     """What the network does is an error that a retry may mend; it is never taken for the end of the data, or for a damaged file."""
     path = store.folder / "d.jsonl.gz"
     path.write_bytes(gzip.compress(LINES.encode()))
     source = jsonl.Jsonl(path=f"{store.url}/d.jsonl.gz")
     part, = source.parts(env)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InfrastructureError, match="ended after 500 of"):
+    monkeypatch.setattr(files, "BLOCK", 256)
+    with part.file.open() as f:
+        path.write_bytes(path.read_bytes()[:500])
+        with pytest.raises(InfrastructureError, match="ended after 500 of"):
+            f.read()
+    with pytest.raises(InfrastructureError, match="was replaced"):
         list(source.part(part, env))
     path.unlink()
     with pytest.raises(FtpipeError, match="does not exist"):
