@@ -31,9 +31,9 @@ $(VENV)/.ready: requirements.lock requirements-model.lock pyproject.toml
 quickstart: setup
 	$(BIN)/ftpipe run $(CONFIG) $(ARGS)
 
-# Files of tests run side by side, one for each processor. bitsandbytes is only here: where it is installed, PEFT imports it in every rank.
+# Files of tests run side by side, one for each processor. The extras' libraries are only here: where bitsandbytes is installed, PEFT imports it in every rank.
 test: setup
-	@$(BIN)/python -c 'import bitsandbytes' 2> /dev/null || $(PIP) --no-deps -r requirements-test.lock
+	@$(BIN)/python -c 'import bitsandbytes, ray' 2> /dev/null || $(PIP) --no-deps -r requirements-test.lock
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup

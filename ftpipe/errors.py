@@ -7,6 +7,7 @@ import errno
 import socket
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from ftpipe.secrets import hide
 
@@ -38,9 +39,18 @@ class FtpipeError(Exception):
         super().__init__(what, where, remedy)
         self.what, self.where, self.remedy = what, where, remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _raised, (type(self), self.args, self.__dict__)  # so that a child process can hand it to its parent
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  -> {self.remedy}" if self.remedy else text
+
+
+def _raised(kind: type[FtpipeError], args: tuple[Any, ...], state: dict[str, Any]) -> FtpipeError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(FtpipeError):

@@ -38,7 +38,7 @@ def source_of(data: str) -> str:
     suffixes = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
     path = Path(data)
     if path.suffix.lower() in suffixes:
-        if not any(c in data for c in "*?[") and not path.exists():
+        if "://" not in data and not any(c in data for c in "*?[") and not path.exists():
             raise ConfigError("no such file", where=data)
         return suffixes[path.suffix.lower()]
     if path.is_dir() or data.count("/") == 1:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from ftpipe.engines.local import parallel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,19 +203,6 @@ def ragged(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
-
-
-def parallel(work: Callable, items: Iterable) -> Iterator:
-    """`map(work, items)` on all processors, with a bounded number of results waiting. numpy and Arrow release the interpreter's lock."""
-    workers = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 class Sets:

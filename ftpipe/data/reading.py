@@ -20,6 +20,8 @@ from ftpipe.errors import DataError
 from ftpipe.processes import die_with
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ftpipe.stages.base import Environment, StageContext
 
 STAGED, ASIDE, COUNTED = "staged.parquet", "aside.parquet", "counted.json"
@@ -34,16 +36,21 @@ MARKED_BAD = "have `label: false`, an answer called bad: objectives for judged a
 
 
 class Reading:
-    """Records become rows of a staging table, or of the quarantine, and are counted. `stage` is the ingest stage whose settings decide."""
+    """Records become rows of a staging table, or of the quarantine, and are counted.
 
-    def __init__(self, stage: Any):
-        self.stage, self.seed = stage, stage.seed or 0
+    Args:
+        stage: the ingest stage whose settings decide.
+        alone: what is written is all that there is, so if nothing of the beginning can be read the rest need not be.
+    """
+
+    def __init__(self, stage: Any, *, alone: bool = False):
+        self.stage, self.seed, self.alone = stage, stage.seed or 0, alone
         self.good = 0
         self.sources: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+        self.examples: dict[str, tuple[str, int, str]] = {}
         self.named_groups: set[str] = set()
 
     def write(self, records: Iterator[Record], staged: Path, aside: Path, progress: Callable[[int], None]) -> None:
@@ -64,7 +71,7 @@ class Reading:
                 if len(bad) >= BATCH:
                     unread.write_table(pa.Table.from_pylist(bad, aside_schema))
                     bad = []
-                    if not self.good:
+                    if self.alone and not self.good:
                         break  # not one of the first thousands could be read: no need to read the rest to say so
             rows.write_table(pa.Table.from_pylist(good, schema))
             unread.write_table(pa.Table.from_pylist(bad, aside_schema))
@@ -125,9 +132,8 @@ class Reading:
         self.faults[reason] += 1
         self.sources[record.source] += 1
         if len(self.examples) < 50:
-            self.examples.setdefault(reason, f"{record.source}:{record.line}{': ' + detail if detail else ''}")
-        row_id = "q:" + hashlib.sha256(f"{record.source}:{record.line}".encode()).hexdigest()
-        return {"row_id": row_id, "source": record.source, "line": record.line, "reason": reason, "detail": detail, "raw": raw}
+            self.examples.setdefault(reason, (record.source, record.line, detail))
+        return {"row_id": _aside_id(record.source, record.line), "source": record.source, "line": record.line, "reason": reason, "detail": detail, "raw": raw}
 
     def judge(self) -> None:
         """Stop if there is nothing to work with, or too much was unreadable."""
@@ -135,7 +141,7 @@ class Reading:
         if not self.good and not bad:
             raise DataError("the sources hold no rows", remedy="check the paths; a file of empty lines has none")
         if not self.good or bad / (self.good + bad) > self.stage.quarantine_limit:
-            reasons = "\n".join(f"     {n} x {reason}; first {self.examples.get(reason, '')}" for reason, n in self.faults.most_common(SHOWN))
+            reasons = "\n".join(f"     {n} x {reason}; first {self.shown().get(reason, '')}" for reason, n in self.faults.most_common(SHOWN))
             share = "none of the rows read so far" if not self.good else f"only {self.good} of {self.good + bad} rows"
             raise DataError(f"{share} can be used (quarantine_limit is {self.stage.quarantine_limit:g}):\n{reasons}",
                             remedy="mend the data, set `format`, `fields` or the source's `encoding`, or raise `quarantine_limit`")
@@ -145,25 +151,33 @@ class Reading:
         return {"good": self.good, "sources": self.sources, "formats": self.formats, "faults": self.faults, "warnings": self.warnings,
                 "examples": self.examples, "named_groups": sorted(self.named_groups)}
 
-    def add(self, counted: dict[str, Any]) -> None:
-        """Add what the reading of another part counted; parts are added in their order, so that the first example of a fault stays."""
+    def shown(self) -> dict[str, str]:
+        """The first row of each fault: where it stands, and what is wrong with it."""
+        return {reason: f"{source}:{line}{': ' + detail if detail else ''}" for reason, (source, line, detail) in self.examples.items()}
+
+    def add(self, counted: dict[str, Any], before: int = 0) -> None:
+        """Add what the reading of another part counted; parts are added in their order, so that the first example of a fault stays.
+
+        before: lines of the file that come before the part's own.
+        """
         self.good += counted["good"]
         for name in ("sources", "formats", "faults", "warnings"):
             getattr(self, name).update(counted[name])
-        for reason, example in counted["examples"].items():
-            self.examples.setdefault(reason, example)
+        for reason, (source, line, detail) in counted["examples"].items():
+            self.examples.setdefault(reason, (source, line + before, detail))
         self.named_groups |= set(counted["named_groups"])
 
 
 @dataclass(frozen=True)
 class Task:
-    """One part to read: of which source of the stage, and into which folder."""
+    """One part to read: of which source of the stage, into which folder, and whether it is all that there is."""
 
     stage: Any
     source: int
     part: Part
     env: Environment
     folder: Path
+    alone: bool = False
 
     def done(self) -> bool:
         return (self.folder / COUNTED).exists()
@@ -171,11 +185,15 @@ class Task:
     def read(self, progress: Callable[[int], None] = lambda n: None) -> Path:
         """Read the part into its folder. The counts are written last: where they are, the part is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        reading = Reading(self.stage)
-        source = self.stage.all_sources()[self.source]
-        reading.write(source.part(self.part, self.env), self.folder / STAGED, self.folder / ASIDE, progress)
+        reading, lines = Reading(self.stage, alone=self.alone), 0
+
+        def records() -> Iterator[Record]:
+            nonlocal lines
+            lines = yield from self.stage.all_sources()[self.source].part(self.part, self.env)
+
+        reading.write(records(), self.folder / STAGED, self.folder / ASIDE, progress)
         new = self.folder / f"{COUNTED}.new"
-        new.write_text(json.dumps(reading.counted()), encoding="utf-8")
+        new.write_text(json.dumps(reading.counted() | {"lines": lines}), encoding="utf-8")
         new.replace(self.folder / COUNTED)
         return self.folder
 
@@ -185,8 +203,8 @@ def read_all(stage: Any, ctx: StageContext, staged: Path, aside: Path) -> Readin
 
     Several parts are read at once, on as many processors as there are. A part that was read before a kill is not read again.
     """
-    tasks = [Task(stage, i, part, ctx.env, ctx.work / f"part-{i}-{n}")
-             for i, source in enumerate(stage.all_sources()) for n, part in enumerate(source.parts(ctx.env))]
+    parts = [(i, n, part) for i, source in enumerate(stage.all_sources()) for n, part in enumerate(source.parts(ctx.env))]
+    tasks = [Task(stage, i, part, ctx.env, ctx.work / f"part-{i}-{n}", alone=len(parts) == 1) for i, n, part in parts]
     todo = [task for task in tasks if not task.done()]
     large = sum(task.part.size for task in todo) >= LARGE
     workers = min(len(todo), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if large else 1
@@ -195,13 +213,16 @@ def read_all(stage: Any, ctx: StageContext, staged: Path, aside: Path) -> Readin
             task.read(lambda n: ctx.progress(n, None, "rows"))
     else:
         _side_by_side(todo, workers, ctx, len(tasks))
-    whole = Reading(stage)
+    whole, before, lines = Reading(stage), [], 0
     for task in tasks:
-        whole.add(json.loads((task.folder / COUNTED).read_text(encoding="utf-8")))
+        counted = json.loads((task.folder / COUNTED).read_text(encoding="utf-8"))
+        before.append(lines if task.part.start else 0)
+        whole.add(counted, before[-1])
+        lines = before[-1] + (counted["lines"] or 0)
     if len(tasks) == 1:  # nothing to join: its files move away, so it counts as read no more
         (tasks[0].folder / COUNTED).unlink()
-    _join([task.folder / STAGED for task in tasks], staged)
-    _join([task.folder / ASIDE for task in tasks], aside)
+    _join([task.folder / STAGED for task in tasks], before, staged)
+    _join([task.folder / ASIDE for task in tasks], before, aside)
     return whole
 
 
@@ -222,18 +243,35 @@ def _side_by_side(todo: list[Task], workers: int, ctx: StageContext, of: int) ->
             raise
 
 
-def _join(parts: list[Path], out: Path) -> None:
-    """One Parquet file of several, batch by batch."""
+def _join(parts: list[Path], before: list[int], out: Path) -> None:
+    """One Parquet file of several, batch by batch. `before`: lines that come before each part's own in its file."""
     import pyarrow.parquet as pq
 
     if len(parts) == 1:
         shutil.move(parts[0], out)
         return
     with pq.ParquetWriter(out, pq.read_schema(parts[0]), compression="zstd") as joined:
-        for path in parts:
+        for path, lines in zip(parts, before):
             with pq.ParquetFile(path) as part:
                 for batch in part.iter_batches(batch_size=BATCH):
-                    joined.write_batch(batch)
+                    joined.write_batch(_numbered(batch, lines) if lines else batch)
+
+
+def _numbered(batch: pa.RecordBatch, before: int) -> pa.RecordBatch:
+    """Rows with the lines of their file in place of those of their part, and the ids that quarantined rows have from them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = {name: batch[name] for name in batch.schema.names}
+    columns["line"] = pc.add(batch["line"], before)
+    if "row_id" in columns:
+        columns["row_id"] = pa.array([_aside_id(*at) for at in zip(batch["source"].to_pylist(), columns["line"].to_pylist())], pa.string())
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=batch.schema)
+
+
+def _aside_id(source: str, line: int) -> str:
+    """The id of a row in quarantine, which has no content to be known by."""
+    return "q:" + hashlib.sha256(f"{source}:{line}".encode()).hexdigest()
 
 
 def draw(seed: int, purpose: str, text: str) -> float:

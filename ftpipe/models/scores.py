@@ -223,9 +223,14 @@ def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry
            want: Collection[Want], adapter: Artifact | None, dtype: DType, max_length: int | None, form: Form | None,
            flush_seconds: float) -> int:
     """Score the contents in `missing`, adding to `known` and the cache. Returns the number of tokens that went through the model."""
+    from ftpipe.data.render import Renderer
+    from ftpipe.models.loading import load_tokenizer
     from ftpipe.models.service import ModelService
+    from ftpipe.models.spread import score_elsewhere
 
-    service = ModelService.open(model, ctx.env, adapter=adapter.file("adapter") if adapter else None, dtype=dtype, max_length=max_length)
+    engine, put_on = ctx.env.engine, adapter.file("adapter") if adapter else None
+    service = None if engine.spreads else ModelService.open(model, ctx.env, adapter=put_on, dtype=dtype, max_length=max_length)
+    renderer = service.renderer if service else Renderer(load_tokenizer(model, ctx.env))
     names: list[str] = []
     rendered: list[Rendered] = []
     written: dict[str, Entry] = {}
@@ -235,20 +240,20 @@ def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry
         cache.pending.append((content, entry))
         known.setdefault(content, Entry()).add(entry)
 
-    for row, result in zip(*_rendered(rows, service.renderer, set(missing), split, form)):
+    for row, result in zip(*_rendered(rows, renderer, set(missing), split, form)):
         if isinstance(result, Exception) or not result.input_ids:
             remember(row, Entry(trained_tokens=0, tokens=0, problem=getattr(result, "reason", "the row has no tokens")))
         else:
             names.append(row)
             rendered.append(result)
-    lengths = [min(len(r.input_ids), service.max_length) for r in rendered]
-    total, done, began, last = sum(lengths), 0, time.monotonic(), time.monotonic()
+    longest = service.max_length if service else max_length or 2**30
+    total, done, began, last = sum(min(len(r.input_ids), longest) for r in rendered), 0, time.monotonic(), time.monotonic()
 
     def on_batch(batch: list[tuple[int, RowScore]]) -> None:
         nonlocal done, last
         for i, score in batch:
             remember(names[i], Entry(score.nll, score.trained_tokens, score.tokens, None, score.embedding))
-            done += lengths[i]
+            done += score.tokens
         now = time.monotonic()
         ctx.progress(done, total, "tokens", tokens_per_second=done / max(now - began, 1e-9))
         if now - last >= flush_seconds:
@@ -256,12 +261,18 @@ def _score(rows: RowSet, ctx: StageContext, cache: Cache, known: dict[str, Entry
             last = now
 
     try:
-        service.score(rendered, loss="loss" in want, embed="embedding" in want, on_batch=on_batch)
+        wanted = {"loss": "loss" in want, "embed": "embedding" in want}
+        if service:
+            service.score(rendered, **wanted, on_batch=on_batch)
+        elif rendered:
+            for batch in score_elsewhere(engine, rendered, model=model, env=ctx.env, adapter=put_on, contents=cache.folder.name, dtype=dtype,
+                                         max_length=max_length, **wanted):
+                on_batch(batch)
     except BaseException:
         cache.flush()  # a stopped run keeps what it had scored
         raise
     cache.close(written)
-    return total
+    return done
 
 
 def _rendered(rows: RowSet, renderer: Any, missing: set[str], split: str | None, form: Form | None) -> tuple[list[str], list[Any]]:

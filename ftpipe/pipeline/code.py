@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 CARRIERS = ("ftpipe.pipeline", "ftpipe.cli", "ftpipe.errors", "ftpipe.slots", "ftpipe.artifacts", "ftpipe.canonical", "ftpipe.stages.base",
-            "ftpipe.secrets")
+            "ftpipe.secrets", "ftpipe.engines")
 
 
 def fingerprint(modules: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ftpipe import secrets, slots
+from ftpipe.engines.local import Local
 from ftpipe.errors import ConfigError, nearest
 from ftpipe.stages.base import Environment, Stage, with_refs
 
@@ -29,6 +30,8 @@ class Settings(BaseModel):
     tracking: str | None = Field(default=None, description="MLflow tracking server; without it a SQLite file in the workspace. ${NAME} stands for an "
                                  "environment variable.")
     registry: str | None = Field(default=None, description="MLflow model registry; without it the tracking server. ${NAME} as in tracking.")
+    engine: slots.choose("engines") = Field(default=Local(), description="Where curation's scanning work is done: `local`, or a Ray cluster, as in "  # type: ignore[valid-type]
+                                            "{ray: {address: auto}}. It changes no result and no key.")
     notify: list[str] = Field(default_factory=list, description="Prefect notification blocks that are told when a run fails or the gate refuses a candidate, "
                               "such as slack-webhook/team.")
     stages: dict[str, Any] = Field(description="The stages by name.")
@@ -186,7 +189,8 @@ def build(data: dict[str, Any], *, base: Path = Path("."), source: Path | None =
     if not settings.stages:
         raise ConfigError("there are no stages", where=file)
     env = Environment(workspace=Path(settings.workspace).expanduser().absolute(), base=base.absolute(), pipeline=settings.name,
-                      tracking_uri=_filled(settings.tracking, "tracking", lines, file), registry_uri=_filled(settings.registry, "registry", lines, file))
+                      tracking_uri=_filled(settings.tracking, "tracking", lines, file), registry_uri=_filled(settings.registry, "registry", lines, file),
+                      engine=settings.engine)
     written = {str(n): _stage(str(n), fields, settings, lines, file) for n, fields in settings.stages.items()}
     stages: dict[str, Stage] = {}
     groups: dict[str, list[str]] = {}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel
 
 from ftpipe.artifacts import DECISIONS, Artifact, decisions_schema
+from ftpipe.engines.base import Engine
+from ftpipe.engines.local import Local
 from ftpipe.slots import Method
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Environment:
 
     workspace: folder of everything ftpipe writes. base: folder that relative paths of the configuration start from.
     pipeline: the pipeline's name. tracking_uri and registry_uri: MLflow servers, None for the workspace's own SQLite file.
+    engine: where work is done that falls into pieces.
     """
 
     workspace: Path
@@ -39,6 +42,7 @@ class Environment:
     pipeline: str
     tracking_uri: str | None = None
     registry_uri: str | None = None
+    engine: Engine = field(default_factory=Local)
 
     @property
     def cache(self) -> Path:

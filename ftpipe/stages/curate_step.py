@@ -42,6 +42,7 @@ class CurateStepStage(Stage):
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
         if self.step.uses_model and not self.model:
             raise ConfigError(f"{self.step.name()} needs a model", remedy="set `model:` at the top of the file or in this stage")
+        env.engine.check()
 
     def run(self, ctx: StageContext) -> None:
         ctx.meta["rows_from"] = [self.rows]

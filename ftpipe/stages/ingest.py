@@ -86,9 +86,10 @@ class Ingest(Stage):
         self._report(ctx, read, split)
 
     def _report(self, ctx: StageContext, read: Reading, split: dict[str, Any]) -> None:
+        examples = read.shown()
         summary = {
             "rows": read.good, "quarantined": sum(read.faults.values()), "sources": dict(sorted(read.sources.items())),
-            "formats": dict(sorted(read.formats.items())), "reasons": dict(read.faults.most_common()), "examples": read.examples,
+            "formats": dict(sorted(read.formats.items())), "reasons": dict(read.faults.most_common()), "examples": examples,
             "warnings": dict(sorted(read.warnings.items())), "split": split,
         }
         (ctx.out / "ingest.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -98,7 +99,7 @@ class Ingest(Stage):
         for warning, n in sorted(read.warnings.items()):
             ctx.log.warning("%d rows %s", n, warning)
         for reason, n in read.faults.most_common(SHOWN):
-            ctx.log.warning("quarantined %d: %s (first: %s)", n, reason, read.examples[reason])
+            ctx.log.warning("quarantined %d: %s (first: %s)", n, reason, examples[reason])
 
 
 def _assign(staged: Path, rule: Heldout, gone: list[str], read: Reading, ctx: StageContext) -> dict[str, Any]:

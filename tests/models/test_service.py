@@ -12,7 +12,7 @@ from ftpipe.models.loading import load_model, load_tokenizer
 from ftpipe.models.service import ModelService
 from ftpipe.stages.base import Environment
 from tests.artifacts import text
-from tests.models.data import some_rows
+from tests.models.data import some_rows, trained_adapter
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +201,24 @@ def test_an_answer_ends_at_the_end_token(model, tokenizer):
     assert answer.finished and len(answer.ids) == 3 and tokenizer.eos_token not in answer.text
     unfinished, = service.generate(prompts, max_new_tokens=2)
     assert not unfinished.finished and len(unfinished.ids) == 2
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_shards_that_are_scored_elsewhere_have_the_same_bits(tmp_path, tiny_model, env, rendered, monkeypatch, adapted):
+    """The model and the adapter go along as bytes and are opened from them; every row comes back once, under its own place."""
+    from ftpipe.engines.local import Local
+    from ftpipe.models import spread
+
+    adapter = trained_adapter(tmp_path, tiny_model, some_rows(4), steps=2).file("adapter") if adapted else None
+    here = ModelService.open(str(tiny_model), env, adapter=adapter, dtype="float32").score(rendered, embed=True)
+    opened = []
+    monkeypatch.setattr(spread, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(spread, "_open", {})
+    monkeypatch.setattr(spread, "_opened", lambda *a, inner=spread._opened: opened.append(a) or inner(*a))
+    shards = list(spread.score_elsewhere(Local(), rendered, model=str(tiny_model), env=env, adapter=adapter, contents="c", dtype="float32", max_length=None,
+                                         loss=True, embed=True))
+    there = dict(score for shard in shards for score in shard)
+    assert len(shards) > 3 and len(opened) == 1 and sorted(there) == list(range(len(rendered)))
+    for i, score in enumerate(here):
+        assert (there[i].nll, there[i].tokens, there[i].trained_tokens) == (score.nll, score.tokens, score.trained_tokens)
+        assert there[i].embedding.tobytes() == score.embedding.tobytes()

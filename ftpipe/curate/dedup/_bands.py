@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftpipe.curate.shingles import BITS, FACTOR, Sets, Unit, fold, mix, parallel, sets
+from ftpipe.curate.shingles import BITS, FACTOR, Sets, Unit, fold, mix, sets
+from ftpipe.engines.base import Engine
+from ftpipe.engines.local import Local
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,21 +80,33 @@ def keys(values: np.ndarray, sizes: np.ndarray, bands: int, size: int) -> np.nda
     return out
 
 
+def signed(batch: pa.RecordBatch, *, ngram: int, unit: Unit, bands: int, size: int) -> tuple[np.ndarray, ...]:
+    """Of at most `shingles.BATCH` rows of (rank, text): rank; shingles of all; how many each has; band keys and hash of the whole of those that have any."""
+    import numpy as np
+
+    values, sizes = sets(batch["text"], ngram, unit)
+    filled = sizes[sizes > 0]
+    whole = np.add.reduceat(values, np.cumsum(filled) - filled) if len(filled) else values
+    return batch["rank"].to_numpy(), values, sizes, keys(values, filled, bands, size), mix(whole * np.uint64(FACTOR) + filled.astype(np.uint64))
+
+
 class Index:
     """Shingle sets and band keys of n rows, on disk but for about 30 bytes a row.
 
     Args:
         folder: for the files `shingles` (8 bytes a shingle) and `band-0`, `band-1`, ... (8 bytes a row each).
         n: rows; they are numbered from 0, by rank.
+        engine: where rows are signed and bands are sorted.
 
     Attributes:
         sizes: (n,) shingles of each row. whole: (n,) uint64, a hash of the whole set; equal for rows of equal sets.
     """
 
-    def __init__(self, folder: Path, n: int, *, ngram: int, unit: Unit, bands: int, size: int):
+    def __init__(self, folder: Path, n: int, *, ngram: int, unit: Unit, bands: int, size: int, engine: Engine | None = None):
         import numpy as np
 
         self.folder, self.n, self.ngram, self.unit, self.bands, self.size = folder, n, ngram, unit, bands, size
+        self.engine = engine or Local()
         self.starts, self.sizes, self.whole = np.zeros(n, np.int64), np.zeros(n, np.int32), np.zeros(n, np.uint64)
         self.arrived = np.empty(0, np.int64)
 
@@ -102,10 +116,11 @@ class Index:
 
         at, done, ranks = 0, 0, []
         parts = (batch.slice(i, TEXTS) for batch in batches for i in range(0, batch.num_rows, TEXTS))
+        sign = partial(signed, ngram=self.ngram, unit=self.unit, bands=self.bands, size=self.size)
         files = [(self.folder / f"band-{i}").open("wb") for i in range(self.bands)]
         try:
             with (self.folder / "shingles").open("wb") as out:
-                for rank, values, sizes, keys_, whole in parallel(self._batch, parts):
+                for rank, values, sizes, keys_, whole in self.engine.map(sign, parts):
                     out.write(values)
                     self.sizes[rank], self.starts[rank] = sizes, at + np.cumsum(sizes) - sizes
                     at += len(values)
@@ -135,45 +150,42 @@ class Index:
             self.starts, self.sizes, self.whole, self.arrived = (saved[k] for k in ("starts", "sizes", "whole", "arrived"))
         return Sets(self.folder / "shingles", self.starts, self.sizes)
 
-    def _batch(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
-        import numpy as np
-
-        values, sizes = sets(batch["text"], self.ngram, self.unit)
-        filled = sizes[sizes > 0]
-        whole = np.add.reduceat(values, np.cumsum(filled) - filled) if len(filled) else values
-        return batch["rank"].to_numpy(), values, sizes, keys(values, filled, self.bands, self.size), mix(whole * np.uint64(FACTOR) + filled.astype(np.uint64))
-
-    def buckets(self, band: int, these: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Buckets of two or more rows of a band, in parts: (number of each line's bucket, counted from 0 in each part; its row), ascending.
+    def buckets(self, these: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Buckets of two or more rows of each band, one band after the other and each in parts: (number of each line's bucket, counted from 0 in each
+        part; its row), ascending.
 
         Args:
             these: (n,) bool, the rows that take part.
         """
+        bits, parts = max(self.n - 1, 1).bit_length(), -(-len(self.arrived) // AT_ONCE)
+        entries = (self._entries(band, part, parts, these, bits) for band in range(self.bands) for part in range(parts))
+        yield from self.engine.map(partial(shared, bits=bits), entries, alone=True)
+
+    def _entries(self, band: int, part: int, parts: int, these: np.ndarray, bits: int) -> np.ndarray:
+        """(key << bits | row, uint64) of the rows whose keys of a band are of one part."""
         import numpy as np
 
-        bits = np.uint64(max(self.n - 1, 1).bit_length())
-        parts = -(-len(self.arrived) // AT_ONCE)
-        for part in range(parts):
-            packed = [np.empty(0, np.uint64)]
-            with (self.folder / f"band-{band}").open("rb") as file:
-                for start in range(0, len(self.arrived), AT_ONCE):
-                    row = self.arrived[start:start + AT_ONCE]
-                    key = np.fromfile(file, np.uint64, len(row))
-                    chosen = these[row]
-                    if parts > 1:
-                        chosen &= key % np.uint64(parts) == part
-                    # the key's upper bits make room for the row; what they would have told apart the comparison does
-                    packed.append((key[chosen] << bits) | row[chosen].astype(np.uint64))
-            yield _shared(np.sort(np.concatenate(packed)), bits)
+        packed = [np.empty(0, np.uint64)]
+        with (self.folder / f"band-{band}").open("rb") as file:
+            for start in range(0, len(self.arrived), AT_ONCE):
+                row = self.arrived[start:start + AT_ONCE]
+                key = np.fromfile(file, np.uint64, len(row))
+                chosen = these[row]
+                if parts > 1:
+                    chosen &= key % np.uint64(parts) == part
+                # the key's upper bits make room for the row; what they would have told apart the comparison does
+                packed.append((key[chosen] << np.uint64(bits)) | row[chosen].astype(np.uint64))
+        return np.concatenate(packed)
 
 
-def _shared(packed: np.ndarray, bits: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket numbers (from 0) and rows of the entries (key << bits | row, ascending) whose key another one has."""
+def shared(packed: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bucket numbers (from 0) and rows of the entries (key << bits | row) whose key another one has, ascending."""
     import numpy as np
 
-    key = packed >> bits
+    packed = np.sort(packed)
+    key = packed >> np.uint64(bits)
     same = np.zeros(len(key) + 1, bool)
     np.equal(key[1:], key[:-1], out=same[1:-1])  # same[i]: entries i - 1 and i are of one bucket
     lines = np.flatnonzero(same[1:] | same[:-1])
     bucket = np.cumsum(~same[:-1][lines]) - 1
-    return bucket, (packed[lines] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    return bucket, (packed[lines] & np.uint64(2**bits - 1)).astype(np.int64)

@@ -144,13 +144,12 @@ class Search:
 
         these = (first == np.arange(len(first))) & (self.index.sizes > 0)
         lines, self._buckets = Lines(self.scratch / "lines-0"), 0
-        for band in range(self.index.bands):
-            for bucket, row in self.index.buckets(band, these):
-                if len(row):
-                    starts = np.flatnonzero(np.diff(bucket, prepend=-1))
-                    self._note(row[starts], np.add.reduceat(self._weight[row], starts))
-                    lines.append(((bucket + self._buckets).astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64))
-                    self._buckets += int(bucket[-1]) + 1
+        for bucket, row in self.index.buckets(these):
+            if len(row):
+                starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+                self._note(row[starts], np.add.reduceat(self._weight[row], starts))
+                lines.append(((bucket + self._buckets).astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64))
+                self._buckets += int(bucket[-1]) + 1
         lines.close()
         return lines
 

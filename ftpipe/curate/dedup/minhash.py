@@ -62,7 +62,7 @@ class Minhash(Dedup):
         with connection(rows, ctx) as con:
             began = time.monotonic()
             n, fixed = self.rank(rows, ctx, con)
-            index = _bands.Index(scratch, n, ngram=self.ngram, unit=self.unit, bands=bands, size=size)
+            index = _bands.Index(scratch, n, ngram=self.ngram, unit=self.unit, bands=bands, size=size, engine=ctx.env.engine)
             shingles = index.load()
             if shingles is None:
                 con.execute("set preserve_insertion_order = false")  # rows are numbered, and come in any order with less memory

@@ -123,29 +123,26 @@ class Sentences(Dedup):
         schema = pa.schema([("form", pa.uint64()), ("said", pa.string()), ("rank", pa.int64())])
         done = 0
         with pq.ParquetWriter(scratch / "pieces.parquet", schema, compression="zstd") as out:
-            for batch in con.sql("select rank, format, messages, chosen, rejected, text from compared").to_arrow_reader(BATCH):
-                lines: dict[tuple[int, int], str] = {}
-                for row in batch.to_pylist():
-                    for holder, key, spans, numbers in self._pieces(row):
-                        lines |= {(number, row["rank"]): form(holder[key][a:b]) for (a, b), number in zip(spans, numbers) if number is not None}
+            batches = con.sql("select rank, format, messages, chosen, rejected, text from compared").to_arrow_reader(BATCH)
+            for rows, lines in ctx.env.engine.map(_held, batches, common=(self,), alone=True):
                 out.write_table(pa.table([[k[0] for k in lines], list(lines.values()), [k[1] for k in lines]], schema=schema))
-                done += batch.num_rows
+                done += rows
                 ctx.progress(done, n, "rows")
         pieces = f"read_parquet('{scratch / 'pieces.parquet'}')"
         con.execute(f"create table said as select form, any_value(said) as said, count(*) as n from {pieces} group by form")
         con.execute("create table alias as select form, form as piece from said")
         if self.near is not None:
-            self._join_near(con, scratch)
+            self._join_near(con, scratch, ctx)
         con.execute(f"create table held as select distinct piece, rank from {pieces} join alias using (form)")
 
-    def _join_near(self, con: duckdb.DuckDBPyConnection, scratch: Path) -> None:
+    def _join_near(self, con: duckdb.DuckDBPyConnection, scratch: Path, ctx: StepContext) -> None:
         """Let each form that is near a more frequent one count as that."""
         import pyarrow as pa
 
         con.execute("create table ordered as select form, said, row_number() over (order by n desc, form) - 1 as rank from said")
         forms = con.sql("select form from ordered order by rank").to_arrow_table()["form"]
         bands, size = _bands.solve(self.near, 112, 0.9)
-        index = _bands.Index(scratch, len(forms), ngram=2, unit="words", bands=bands, size=size)
+        index = _bands.Index(scratch, len(forms), ngram=2, unit="words", bands=bands, size=size, engine=ctx.env.engine)
         sets = index.fill(con.sql("select rank, said as text from ordered").to_arrow_reader(BATCH))
         lost, keeper, _ = _greedy.Search(index, sets, self.near, leaders=16, scratch=scratch).run()
         con.register("near", pa.table({"form": forms.take(pa.array(lost)), "piece": forms.take(pa.array(keeper))}))
@@ -211,3 +208,12 @@ class Sentences(Dedup):
         with (ctx.work / MADE).open(encoding="utf-8") as given:
             for line in given:
                 yield json.loads(line)
+
+
+def _held(batch: pa.RecordBatch, step: Sentences) -> tuple[int, dict[tuple[int, int], str]]:
+    """How many rows there are, and their sentences: by the number of its form and the row's rank, the form."""
+    lines: dict[tuple[int, int], str] = {}
+    for row in batch.to_pylist():
+        for holder, key, spans, numbers in step._pieces(row):
+            lines |= {(number, row["rank"]): form(holder[key][a:b]) for (a, b), number in zip(spans, numbers) if number is not None}
+    return batch.num_rows, lines

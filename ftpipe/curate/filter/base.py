@@ -22,6 +22,7 @@ class Filter(CurateStep):
     def judge(self, rows: RowSet, ctx: StepContext) -> pa.Table:
         """A verdict on every train row: row_id, kept (bool), score (number or null), reason (short phrase, set for each dropped row).
 
+        One that looks at rows batch by batch in Python leaves the batches to `ctx.env.engine.map`, which may have them looked at elsewhere.
         A column `keeper` may name the row that a dropped one was found too like. Keep the reasons few: they are counted.
         """
 

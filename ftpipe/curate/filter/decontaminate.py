@@ -48,9 +48,7 @@ class Decontaminate(Filter):
         import pyarrow as pa
 
         ids, target = self._target(rows, ctx)
-        found: list[tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]] = []
-        for batch in self._texts(rows, ctx, "train"):
-            found.append((batch["row_id"], *target.match(batch["text"])))
+        found = list(ctx.env.engine.map(_matched, self._texts(rows, ctx, "train"), common=(target,), alone=True))
         row_id = pa.concat_arrays([f[0] for f in found]) if found else pa.array([], pa.string())
         match, score, overlap = (np.concatenate([f[i] for f in found]) if found else np.empty(0) for i in (1, 2, 3))
         hit = match >= 0
@@ -80,3 +78,8 @@ class Decontaminate(Filter):
             for batch in con.sql(f"select row_id, {text} as text from rows where split = '{split}'").to_arrow_reader(BATCH):
                 for start in range(0, batch.num_rows, BATCH):
                     yield batch.slice(start, BATCH)
+
+
+def _matched(batch: pa.RecordBatch, target: Target) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
+    """Row ids, and for each row what `Target.match` says."""
+    return batch["row_id"], *target.match(batch["text"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -42,14 +43,13 @@ class PersonalData(Filter):
         with_kind: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
         table = rows.table(columns=COLUMNS).sort_by("row_id")
-        for batch in table.to_batches(max_chunksize=READ):
-            for row in batch.to_pylist():
-                found = Counter(m.kind for text in _texts(row) for m in matches(text, tuple(self.kinds)))
+        for row_ids, founds in ctx.env.engine.map(partial(_look, kinds=tuple(self.kinds)), table.to_batches(max_chunksize=READ), alone=True):
+            for row_id, found in zip(row_ids, founds):
                 total += found
                 with_kind.update(found.keys())
                 for kind in found:
-                    examples[kind] = [*examples.get(kind, []), row["row_id"]][:SHOWN]
-                ids.append(row["row_id"])
+                    examples[kind] = [*examples.get(kind, []), row_id][:SHOWN]
+                ids.append(row_id)
                 counts.append(sum(found.values()))
                 reasons.append(f"personal data: {next(k for k in KINDS if k in found)}" if found else None)
             ctx.progress(len(ids), table.num_rows, "rows")
@@ -67,16 +67,25 @@ class PersonalData(Filter):
     def replacements(self, rows: RowSet, ctx: StepContext) -> Iterator[dict[str, Any]]:
         if self.action != "redact":
             return
-        kinds = tuple(self.kinds)
+        batches = rows.table(columns=COLUMNS).sort_by("row_id").to_batches(max_chunksize=READ)
+        for made in ctx.env.engine.map(partial(_cleaned, kinds=tuple(self.kinds)), batches, alone=True):
+            yield from made
 
-        def clean(turns: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-            return turns and [turn | {"content": redact(turn["content"] or "", kinds)} for turn in turns]
 
-        for batch in rows.table(columns=COLUMNS).sort_by("row_id").to_batches(max_chunksize=READ):
-            for row in batch.to_pylist():
-                if any(matches(text, kinds) for text in _texts(row)):
-                    yield {"format": row["format"], **{c: clean(row[c]) for c in ("messages", "chosen", "rejected")},
-                           "text": row["text"] and redact(row["text"], kinds), "parents": [row["row_id"]], "meta": {"redacted": True}}
+def _look(batch: pa.RecordBatch, kinds: tuple[str, ...]) -> tuple[list[str], list[Counter[str]]]:
+    """Row ids, and how much of each kind was found in each row."""
+    rows = batch.to_pylist()
+    return [row["row_id"] for row in rows], [Counter(m.kind for text in _texts(row) for m in matches(text, kinds)) for row in rows]
+
+
+def _cleaned(batch: pa.RecordBatch, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+    """New rows for those with a match."""
+    def clean(turns: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        return turns and [turn | {"content": redact(turn["content"] or "", kinds)} for turn in turns]
+
+    return [{"format": row["format"], **{c: clean(row[c]) for c in ("messages", "chosen", "rejected")},
+             "text": row["text"] and redact(row["text"], kinds), "parents": [row["row_id"]], "meta": {"redacted": True}}
+            for row in batch.to_pylist() if any(matches(text, kinds) for text in _texts(row))]
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

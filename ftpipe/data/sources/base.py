@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
-import lzma
-import os
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from ftpipe.data.files import PACKED, File, is_url, matching
 from ftpipe.errors import ConfigError, DataError, nearest
 from ftpipe.slots import Method
 from ftpipe.stages.base import Environment
-
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Compressed files are read as they are; the ending tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +38,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Part:
-    """What can be read apart from the rest: a whole source, a file, or the lines of one that begin at bytes `start` to `end` (None: to its end).
-
-    line: lines before the first.
-    """
+    """What can be read apart from the rest: a whole source, a file, or the lines of one that begin at bytes `start` to `end` (None: to its end)."""
 
     name: str = ""
-    path: str = ""
+    file: File | None = None
     start: int = 0
     end: int | None = None
-    line: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes to read, as they lie on the disk; 0 for what is no file."""
-        return (self.end if self.end is not None else os.path.getsize(self.path)) - self.start if self.path else 0
+        """Bytes to read, as they lie on the disk; 0 for what is no file, or where nobody knows."""
+        return (self.end if self.end is not None else self.file.size or 0) - self.start if self.file else 0
 
 
 class Source(Method):
@@ -74,9 +64,9 @@ class Source(Method):
         """What can be read side by side; together and in this order, all of it. The whole source by default."""
         return [Part()]
 
-    def part(self, part: Part, env: Environment) -> Iterator[Record]:
-        """The records of one part."""
-        return self.records(env)
+    def part(self, part: Part, env: Environment) -> Generator[Record, None, int | None]:
+        """The records of one part. Of one that begins inside a file the lines count from the part's first, and the generator returns how many it has."""
+        yield from self.records(env)
 
     @abstractmethod
     def identity(self, env: Environment) -> dict[str, str]:
@@ -90,88 +80,103 @@ class FileSource(Source):
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Endings of the files taken from a folder."""
 
-    path: str | list[str] = Field(description="A file, a folder, a pattern such as data/**/*.jsonl, or a list of these, relative to the configuration.")
+    path: str | list[str] = Field(description="A file, a folder, a pattern such as data/**/*.jsonl, or a list of these, relative to the configuration; "
+                                  "or URLs such as s3://bucket/rows-*.jsonl.gz.")
 
     @field_validator("path")
     @classmethod
     def _some(cls, value: str | list[str]) -> str | list[str]:
         if not value or not all([value] if isinstance(value, str) else value):
             raise ValueError("name at least one file")
+        for text in [value] if isinstance(value, str) else value:
+            if text.startswith(("http://", "https://")) and "?" in text:
+                raise ValueError("a URL with a query is not read: a signature in it would be written into artifacts; name the object itself, and give "
+                                 "credentials to the environment")
         return value
 
     @abstractmethod
-    def read(self, path: Path, name: str) -> Iterator[Record]:
+    def read(self, file: File, name: str) -> Iterator[Record]:
         """The records of one file; `name` is what they carry as their source."""
 
     def records(self, env: Environment) -> Iterator[Record]:
+        before = 0
         for part in self.parts(env):
-            yield from self.part(part, env)
+            before = before if part.start else 0
+            before += (yield from _after(before, self.part(part, env))) or 0
 
     def parts(self, env: Environment) -> list[Part]:
-        return [part for name, path in self.files(env).items() for part in self.split(path, name)]
+        return [part for name, file in self.files(env).items() for part in self.split(file, name)]
 
-    def split(self, path: Path, name: str) -> list[Part]:
+    def split(self, file: File, name: str) -> list[Part]:
         """The parts of one file; a format that can be read from the middle overrides it together with `part`."""
-        return [Part(name, str(path))]
+        return [Part(name, file)]
 
-    def part(self, part: Part, env: Environment) -> Iterator[Record]:
-        return self.read(Path(part.path), part.name)
+    def part(self, part: Part, env: Environment) -> Generator[Record, None, int | None]:
+        yield from self.read(part.file, part.name)
 
     def identity(self, env: Environment) -> dict[str, str]:
-        from ftpipe.models.hashes import cached_digest
+        return {name: file.identity(env.cache) for name, file in self.files(env).items()}
 
-        return {name: cached_digest(path, env.cache) for name, path in self.files(env).items()}
+    def files(self, env: Environment) -> dict[str, File]:
+        """The files by the name that their rows carry (relative to the configuration where they lie below it, the URL of one elsewhere), sorted by it.
 
-    def files(self, env: Environment) -> dict[str, Path]:
-        """The files by the name that their rows carry (relative to the configuration where they lie below it), sorted by it.
-
-        Raises ConfigError for what does not exist and DataError for an empty file. Empty files among others of a pattern or folder
+        Raises ConfigError for what does not exist or may not be read and DataError for an empty file. Empty files among others of a pattern or folder
         are passed over.
         """
-        found: dict[str, Path] = {}
+        found: dict[str, File] = {}
         for text in [self.path] if isinstance(self.path, str) else self.path:
-            paths = self._expand(text, env)
-            filled = [p for p in paths if p.stat().st_size > 0]
+            files = self._expand(text, env)
+            filled = [f for f in files if f.size != 0]
             if not filled:
-                raise DataError("the file is empty" if len(paths) == 1 else f"all {len(paths)} files are empty", where=str(paths[0]),
+                raise DataError("the file is empty" if len(files) == 1 else f"all {len(files)} files are empty", where=files[0].path,
                                 remedy="check how it was made or copied, or take it out of the configuration")
-            for p in filled:
-                found.setdefault(_name(p, env.base, found), p)
+            for f in filled:
+                found.setdefault(_name(f, env.base, found), f)
         return dict(sorted(found.items()))
 
-    def _expand(self, text: str, env: Environment) -> list[Path]:
+    def _expand(self, text: str, env: Environment) -> list[File]:
+        endings = tuple(s + packed for s in self.suffixes for packed in ("", *PACKED))
+        if is_url(text):
+            return matching(text, endings)
+        text = text.removeprefix("file://").removeprefix("local://")
         path = env.path(text)
         if path.is_file():
-            return [path]
+            return [File.local(path)]
         if path.is_dir():
-            endings = tuple(s + packed for s in self.suffixes for packed in ("", *PACKED))
             inside = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings)]
             if not inside:
                 raise ConfigError(f"the folder holds no {' or '.join(self.suffixes)} file", where=str(path), remedy="name the files, or another source")
-            return sorted(inside)
+            return [File.local(p) for p in sorted(inside)]
         if glob.has_magic(text):
             matched = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
             if not matched:
                 raise ConfigError(f"no file matches {text!r}", where=str(env.base), remedy="paths start from the configuration's folder")
-            return matched
+            return [File.local(p) for p in matched]
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f"{text!r} does not exist", where=str(path),
                           remedy=nearest(path.name, siblings[:200]) if siblings else f"the folder {path.parent} does not exist either")
 
 
-def _name(path: Path, base: Path, taken: dict[str, Path]) -> str:
-    """`path` relative to `base`. A file outside of it keeps its own last two parts (more, if another file has the same), so that no folder
-    of this machine gets into an artifact."""
-    full, base = path.resolve(), base.resolve()
+def _after(before: int, records: Generator[Record, None, int | None]) -> Generator[Record, None, int | None]:
+    """The records of a part under the lines of their file, of which `before` come before the part's own."""
+    while True:
+        try:
+            record = next(records)
+        except StopIteration as end:
+            return end.value
+        yield replace(record, line=record.line + before)
+
+
+def _name(file: File, base: Path, taken: dict[str, File]) -> str:
+    """The file's path relative to `base`. One outside of it keeps its own last two parts (more, if another file has the same), so that no folder
+    of this machine gets into an artifact; one elsewhere keeps its URL."""
+    if is_url(file.path):
+        return file.path
+    full, base = Path(file.path).resolve(), base.resolve()
     if full.is_relative_to(base):
         return full.relative_to(base).as_posix()
     names = ("/".join(full.parts[-n:]) for n in range(2, len(full.parts) + 1))
-    return next((n for n in names if n not in taken or taken[n].resolve() == full), full.as_posix())
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked if its ending says that it is compressed."""
-    return PACKED.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
+    return next((n for n in names if n not in taken or Path(taken[n].path).resolve() == full), full.as_posix())
 
 
 def check_encoding(value: str) -> str:

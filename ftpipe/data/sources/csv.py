@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv as codec
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from ftpipe.data.sources.base import FileSource, Record, check_encoding, open_bytes
+from ftpipe.data.files import File
+from ftpipe.data.sources.base import FileSource, Record, check_encoding
 from ftpipe.errors import DataError
 
 FIELD_LIMIT = 2**24
@@ -26,14 +26,14 @@ class Csv(FileSource):
 
     _encoding = field_validator("encoding")(check_encoding)
 
-    def read(self, path: Path, name: str) -> Iterator[Record]:
+    def read(self, file: File, name: str) -> Iterator[Record]:
         codec.field_size_limit(FIELD_LIMIT)
-        delimiter = self.delimiter or ("\t" if ".tsv" in path.suffixes else ",")
+        delimiter = self.delimiter or ("\t" if ".tsv" in file.suffixes else ",")
         wide = self.encoding.startswith(("utf-16", "utf-32"))
         # A byte that is not in the encoding becomes a lone surrogate, so that it spoils its own row only.
-        with open_bytes(path) as packed, io.TextIOWrapper(packed, self.encoding, errors="strict" if wide else "surrogateescape", newline="") as f:
+        with file.unpacked() as packed, io.TextIOWrapper(packed, self.encoding, errors="strict" if wide else "surrogateescape", newline="") as f:
             reader = codec.reader(f, delimiter=delimiter, strict=True)
-            header = self._header(reader, path)
+            header = self._header(reader, file.path)
             while True:
                 line = reader.line_num + 1
                 try:
@@ -59,13 +59,13 @@ class Csv(FileSource):
             return Record(name, line, error="wrong number of columns", detail=f"{len(values)}, the header has {len(header)}", text=text)
         return Record(name, line, raw={k: v if v != "" else None for k, v in zip(header, values)})
 
-    def _header(self, reader: Iterator[list[str]], path: Path) -> list[str]:
+    def _header(self, reader: Iterator[list[str]], path: str) -> list[str]:
         try:
             header = [h.strip().removeprefix("\ufeff") for h in next(reader)]
         except StopIteration:
-            raise DataError("the file has no header line", where=str(path)) from None
+            raise DataError("the file has no header line", where=path) from None
         except (codec.Error, UnicodeDecodeError) as error:
-            raise DataError(f"the header line cannot be read: {error}", where=str(path), remedy="check `delimiter` and `encoding`") from error
+            raise DataError(f"the header line cannot be read: {error}", where=path, remedy="check `delimiter` and `encoding`") from error
         if len(set(header)) != len(header) or not all(header):
             raise DataError(f"the header has empty or repeated names: {', '.join(header)}", where=f"{path}:1", remedy="the first line must name the columns")
         return header

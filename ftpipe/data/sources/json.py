@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json as codec
 from collections.abc import Iterator
-from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from ftpipe.data.sources.base import FileSource, Record, check_encoding, open_bytes, undecodable
+from ftpipe.data.files import File
+from ftpipe.data.sources.base import FileSource, Record, check_encoding, undecodable
 from ftpipe.errors import DataError
 
 BLANK = " \t\r\n"
@@ -27,8 +27,8 @@ class Json(FileSource):
 
     _encoding = field_validator("encoding")(check_encoding)
 
-    def read(self, path: Path, name: str) -> Iterator[Record]:
-        with open_bytes(path) as f:
+    def read(self, file: File, name: str) -> Iterator[Record]:
+        with file.unpacked() as f:
             data = f.read()
         try:
             text = data.decode(self.encoding)
@@ -40,7 +40,7 @@ class Json(FileSource):
             text = data.decode(self.encoding, errors="surrogateescape")
         text = text.removeprefix("\ufeff")
         start = len(text) - len(text.lstrip(BLANK))
-        items = _items(text, start) if text[start : start + 1] == "[" and self.key is None else self._inside(text, path)
+        items = _items(text, start) if text[start : start + 1] == "[" and self.key is None else self._inside(text, file.path)
         for number, (value, raw, problem) in enumerate(items, start=1):
             if problem:
                 yield Record(name, number, error=problem[0], detail=problem[1], text=_printable(raw))
@@ -52,7 +52,7 @@ class Json(FileSource):
             else:
                 yield Record(name, number, raw=value)
 
-    def _inside(self, text: str, path: Path) -> Iterator[tuple]:
+    def _inside(self, text: str, path: str) -> Iterator[tuple]:
         """The items of a list inside the file's object."""
         try:
             value = codec.loads(text)
@@ -62,17 +62,17 @@ class Json(FileSource):
         if self.key is not None:
             for part in self.key.split("."):
                 if not (isinstance(value, dict) and part in value):
-                    raise DataError(f"the file has no {self.key!r}", where=str(path),
+                    raise DataError(f"the file has no {self.key!r}", where=path,
                                     remedy=f"its keys are {', '.join(value)}" if isinstance(value, dict) else "it is a list; leave `key` out")
                 value = value[part]
         elif isinstance(value, dict):
             lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
             if len(lists) != 1:
-                raise DataError("the file is an object, not a list of rows", where=str(path),
+                raise DataError("the file is an object, not a list of rows", where=path,
                                 remedy=f"name its list with `key` (keys: {', '.join(value)}), or use `jsonl` for one object a line")
             value = value[lists[0]]
         if not isinstance(value, list):
-            raise DataError(f"{self.key or 'the file'} is {type(value).__name__}, not a list of rows", where=str(path))
+            raise DataError(f"{self.key or 'the file'} is {type(value).__name__}, not a list of rows", where=path)
         for item in value:
             yield item, codec.dumps(item, ensure_ascii=False), None
 

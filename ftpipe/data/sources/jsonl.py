@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import json
 import lzma
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
 from typing import IO, TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from ftpipe.data.sources.base import PACKED, FileSource, Part, Record, check_encoding, open_bytes, undecodable
+from ftpipe.data.files import File
+from ftpipe.data.sources.base import FileSource, Part, Record, check_encoding, undecodable
 
 if TYPE_CHECKING:
     from ftpipe.stages.base import Environment
 
 PART = 32 * 2**20
 """Bytes that one process reads at a time of a large file."""
+SEEN = 2**16
+"""Bytes that are read around the place where a file is parted."""
 WIDE = ("utf-16", "utf-32")
 
 
@@ -30,40 +32,39 @@ class Jsonl(FileSource):
 
     _encoding = field_validator("encoding")(check_encoding)
 
-    def split(self, path: Path, name: str) -> list[Part]:
+    def split(self, file: File, name: str) -> list[Part]:
         """Parts of about `PART` bytes, each of whole lines. Not of compressed files, nor where a newline is wider than a byte."""
-        size = path.stat().st_size
-        if path.suffix in PACKED or self.encoding.startswith(WIDE) or size < 2 * PART:
-            return [Part(name, str(path))]
-        found, start, line = [], 0, 0
-        with path.open("rb") as f:
+        size = file.size or 0
+        if file.packed or self.encoding.startswith(WIDE) or size < 2 * PART:
+            return [Part(name, file)]
+        found, start = [], 0
+        with file.open(SEEN) as f:
             while start < size:
-                lines, end = 0, min(start + PART, size)
-                while f.tell() < end:
-                    lines += f.read(min(2**20, end - f.tell())).count(b"\n")
+                end = min(start + PART, size)
                 if end < size:
                     f.seek(end - 1)
-                    lines += 0 if f.read(1) == b"\n" else f.readline().endswith(b"\n")
-                found.append(Part(name, str(path), start, f.tell(), line))
-                start, line = f.tell(), line + lines
+                    end += len(f.readline()) - 1  # what is left of the line that the last byte belongs to
+                found.append(Part(name, file, start, end))
+                start = end
         return found
 
-    def part(self, part: Part, env: Environment) -> Iterator[Record]:
+    def part(self, part: Part, env: Environment) -> Generator[Record, None, int | None]:
         if part.end is None:
-            yield from self.read(Path(part.path), part.name)
-            return
-        with Path(part.path).open("rb") as f:
+            yield from self.read(part.file, part.name)
+            return None
+        with part.file.open() as f:
             f.seek(part.start)
-            line = part.line
-            while f.tell() < part.end and (data := f.readline()):
-                line += 1
+            line, at = 0, part.start
+            while at < part.end and (data := f.readline()):
+                line, at = line + 1, at + len(data)
                 if data.strip():
                     yield self._record(data, part.name, line)
+        return line
 
-    def read(self, path: Path, name: str) -> Iterator[Record]:
+    def read(self, file: File, name: str) -> Iterator[Record]:
         line = 0
         try:
-            with open_bytes(path) as f:
+            with file.unpacked() as f:
                 for line, data in enumerate(self._lines(f), start=1):
                     if data.strip():
                         yield parse(data.strip(), name, line) if isinstance(data, str) else self._record(data, name, line)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ftpipe.data.sources.base import FileSource, Record, check_encoding, open_bytes, undecodable
+from ftpipe.data.files import File
+from ftpipe.data.sources.base import FileSource, Record, check_encoding, undecodable
 
 
 class Text(FileSource):
@@ -22,8 +22,8 @@ class Text(FileSource):
 
     _encoding = field_validator("encoding")(check_encoding)
 
-    def read(self, path: Path, name: str) -> Iterator[Record]:
-        for line, data in self._units(path):
+    def read(self, file: File, name: str) -> Iterator[Record]:
+        for line, data in self._units(file):
             try:
                 text = data.decode(self.encoding) if isinstance(data, bytes) else data
             except UnicodeDecodeError as error:
@@ -34,8 +34,8 @@ class Text(FileSource):
             if text.strip():
                 yield Record(name, line, raw={"text": text}, group=name)
 
-    def _units(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        with open_bytes(path) as f:
+    def _units(self, file: File) -> Iterator[tuple[int, bytes]]:
+        with file.unpacked() as f:
             if self.unit == "file" or self.encoding.startswith(("utf-16", "utf-32")):
                 yield from self._whole(f.read())
                 return
