@@ -180,7 +180,9 @@ def _experiment(client: Any, env: Environment) -> str:
     found = client.get_experiment_by_name(env.pipeline)
     if found is not None:
         return found.experiment_id
-    place = {} if env.tracking_uri else {"artifact_location": (env.workspace / "mlruns").as_uri()}
+    from ftpipe.registry.server import served, tracking_uri
+
+    place = {} if served(tracking_uri(env)) else {"artifact_location": (env.workspace / "mlruns").as_uri()}
     try:
         return client.create_experiment(env.pipeline, **place)
     except MlflowException:
