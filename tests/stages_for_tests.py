@@ -93,7 +93,7 @@ class PlantedRegistration(Stage):
 
     method_name: ClassVar[str] = "planted_registration"
     produces: ClassVar[str] = "version"
-    after: Ref = Field(description="what comes before")
+    adapter: Ref = Field(description="what comes before")
     draw: int = 1
 
     def run(self, ctx: StageContext) -> None:

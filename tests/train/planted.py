@@ -125,18 +125,3 @@ def left(folder: Path) -> list[int]:
 def environment(**more: str) -> dict[str, str]:
     """An environment for a child process that runs tests' code. It has as many threads as this process would give a rank: their number changes rounding."""
     return os.environ | {"PYTHONPATH": str(ROOT)} | more
-
-
-def alone(stage: Train, ctx: StageContext, folder: Path) -> str:
-    """Train the same rows once more, by one rank in this process; returns the file of the adapter. The stage has run in `ctx` before."""
-    from dataclasses import replace
-
-    from ftpipe.train.lifeline import Reporter
-    from ftpipe.train.loop import train as loop
-
-    folder.mkdir()
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    job = stage._job(ctx, stage.externals(ctx.env)["model"])
-    loop(replace(job, world=1, zero=2, rendezvous=str(folder / "rendezvous"), checkpoints=str(folder / "checkpoints"), checkpoint_every=0,
-                 result=str(folder / "result")), Reporter())
-    return str(folder / "result" / "adapter" / "adapter_model.safetensors")
