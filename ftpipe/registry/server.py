@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,33 +66,37 @@ def check(env: Environment) -> None:
 def turn(env: Environment, name: str) -> Iterator[None]:
     """Hold the only right, among all workspaces that share the registry's database, to change a model: nobody moves an alias between compare and swap.
 
-    PostgreSQL lends the lock to a connection, SQLite's is a file beside it, so a killed holder gives it back. An MLflow server has nothing to hold: of two
-    workspaces that promote in the same fraction of a second the later one wins, and `reconcile` writes into the other's history what it found.
+    An MLflow server has nothing to hold: of two workspaces that promote in the same fraction of a second the later one wins, and `reconcile` writes into
+    the other's history what it found.
     """
-    uri = registry_uri(env)
-    if uri.startswith("postgresql"):
-        import hashlib
-
-        from sqlalchemy import create_engine, text
-        from sqlalchemy.exc import SQLAlchemyError
-        from sqlalchemy.pool import NullPool
-
-        key = {"key": int.from_bytes(hashlib.sha256(f"ftpipe/{name}".encode()).digest()[:8], "big", signed=True)}
-        connection = call(create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect)
-        with connection:
-            connection.execute(text("select pg_advisory_lock(:key)"), key)
-            try:
-                yield
-            finally:
-                with suppress(SQLAlchemyError):  # if the connection broke the lock is gone with it
-                    connection.execute(text("select pg_advisory_unlock(:key)"), key)
-    elif uri.startswith("sqlite:///"):
-        from filelock import FileLock
-
-        with FileLock(f"{local_database(env)}.ftpipe-lock"):
-            yield
-    else:
+    with _held(registry_uri(env), name):
         yield
+
+
+@contextmanager
+def _held(uri: str, what: str) -> Iterator[None]:
+    """Hold a lock in a database that several workspaces share; a killed holder gives it back. PostgreSQL lends it to a connection, SQLite's is a file beside
+    it; for anything else there is none."""
+    from filelock import FileLock
+
+    if not uri.startswith("postgresql"):
+        with FileLock(f"{uri.removeprefix('sqlite:///')}.ftpipe-lock") if uri.startswith("sqlite:///") else nullcontext():
+            yield
+        return
+    import hashlib
+
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    key = {"key": int.from_bytes(hashlib.sha256(f"ftpipe/{what}".encode()).digest()[:8], "big", signed=True)}
+    with call(create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect) as connection:
+        connection.execute(text("select pg_advisory_lock(:key)"), key)
+        try:
+            yield
+        finally:
+            with suppress(SQLAlchemyError):  # if the connection broke the lock is gone with it
+                connection.execute(text("select pg_advisory_unlock(:key)"), key)
 
 
 def client(env: Environment) -> MlflowClient:
@@ -110,7 +114,8 @@ def _client(tracking: str, registry: str, workspace: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     os.makedirs(workspace, exist_ok=True)
-    with FileLock(os.path.join(workspace, ".mlflow.lock")):  # of two processes that create the tables at once, one would fail
+    # Of two processes that create a database's tables at once, one would fail.
+    with FileLock(os.path.join(workspace, ".mlflow.lock")), _held(tracking, "tables"):
         made = call(MlflowClient, tracking_uri=tracking, registry_uri=registry)
         call(made.search_registered_models, max_results=1)
     return made
