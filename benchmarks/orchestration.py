@@ -9,6 +9,7 @@ Start-up is left out: a stage's cost is the slope between a short run and the wh
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -34,9 +35,16 @@ def write(folder: Path, stages: int) -> Path:
     return path
 
 
-def run(config: Path, env: dict[str, str], *words: str) -> tuple[float, list[float]]:
-    """Seconds of the whole command, and how long the API took to answer, asked four times a second."""
+PAGES = {"task_runs": "START_TIME_DESC", "flow_runs": "START_TIME_DESC", "artifacts": "CREATED_DESC", "logs": "TIMESTAMP_DESC"}
+"""What the UI's pages of a run ask for, and in which order."""
+
+
+def run(config: Path, env: dict[str, str], *words: str) -> tuple[float, list[float], list[str]]:
+    """Seconds of the whole command, how long the API took to answer one page of the UI after the other, asked four times a second, and what it answered
+    instead (a locked database is a 503)."""
     latencies: list[float] = []
+    refused: list[str] = []
+    pages = itertools.cycle(PAGES.items())
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", "from ftpipe.cli import main; main()", "run", config.name, *words], cwd=config.parent, env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -51,19 +59,21 @@ def run(config: Path, env: dict[str, str], *words: str) -> tuple[float, list[flo
     while process.poll() is None:
         if url := re.search(r"at (http://\S+)", "".join(said)):
             asked = time.monotonic()
-            body = json.dumps({"limit": 200, "sort": "START_TIME_DESC"}).encode()
-            request = urllib.request.Request(f"{url[1]}/api/task_runs/filter", body, {"content-type": "application/json"})
+            page, order = next(pages)
+            request = urllib.request.Request(f"{url[1]}/api/{page}/filter", json.dumps({"limit": 200, "sort": order}).encode(),
+                                             {"content-type": "application/json"})
             try:
                 urllib.request.urlopen(request, timeout=30).read()
                 latencies.append(time.monotonic() - asked)
-            except OSError:
-                pass
+            except OSError as error:
+                if process.poll() is None:  # else the server has ended with the run
+                    refused.append(f"{page}: {error}")
         time.sleep(0.25)
     seconds = time.monotonic() - began
     listener.join(5)
     if process.returncode:
         sys.exit("".join(said))
-    return seconds, latencies
+    return seconds, latencies, refused
 
 
 def main() -> None:
@@ -78,13 +88,14 @@ def main() -> None:
         for name, words in (("library", ("--no-prefect",)), ("Prefect", ())):
             found = {}
             for config, n in ((short, SHORT), (whole, args.stages)):
-                found[n], latencies = run(config, env, *words, "--force", "all")
-                again, _ = run(config, env, *words)
+                found[n], latencies, refused = run(config, env, *words, "--force", "all")
+                again, *_ = run(config, env, *words)
             each = (found[args.stages] - found[SHORT]) / (args.stages - SHORT)
             print(f"{name}: {each:.3f} s a stage; {args.stages} stages in {found[args.stages]:.1f} s; run again, nothing to do: {again:.1f} s")
             if latencies:
-                print(f"   the API answered {len(latencies)} questions for 200 task runs meanwhile: median {1000 * statistics.median(latencies):.0f} ms, "
-                      f"slowest {1000 * max(latencies):.0f} ms")
+                print(f"   the API answered {len(latencies)} questions for up to 200 {', '.join(PAGES)} meanwhile: median "
+                      f"{1000 * statistics.median(latencies):.0f} ms, slowest {1000 * max(latencies):.0f} ms; {len(refused)} were not answered"
+                      + "".join(f"\n      {line}" for line in refused[:5]))
 
 
 if __name__ == "__main__":

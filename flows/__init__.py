@@ -19,9 +19,11 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_CLIENT_RETRY_JITTER_FACTOR": "0.2",
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
-"""Prefect sends no usage data anywhere, and is patient with a slow disk, unless the user's environment says otherwise."""
+"""Prefect sends no usage data anywhere, and is patient with a slow disk and with a server that is restarted (its own patience of a minute becomes eight),
+unless the user's environment says otherwise."""
 
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)

@@ -13,6 +13,7 @@ from flows import notify
 from flows.logs import to_prefect
 from flows.server import flush
 from flows.session import Session, current
+from flows.settle import settle
 from flows.signals import stop_with_parent, undisturbed_interrupt
 from flows.stale import labels
 from flows.summary import page, sentence, summary
@@ -29,7 +30,7 @@ def name_of_run() -> str:
     return Path(runtime.flow_run.parameters["config"]).stem
 
 
-@flow(name="data-to-model", flow_run_name=name_of_run, persist_result=False)
+@flow(name="data-to-model", flow_run_name=name_of_run, persist_result=False, on_completion=[settle], on_failure=[settle])
 def data_to_model(config: str, only: str | None = None, start: str | None = None, to: str | None = None, force: list[str] | None = None,
                   overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Bring a pipeline up to date: from raw rows to a registered adapter and its report.

@@ -7,28 +7,20 @@ import socket
 from typing import Any
 
 from flows.server import SESSION
+from ftpipe.processes import born, lives
 
 FLOWS = ["data-to-model", "one-stage"]
 
 
 def labels() -> dict[str, Any]:
     """Who runs this flow, as labels of the flow run: host, process and when that process began (process numbers are used again)."""
-    import psutil
-
     pid = os.getpid()
-    return {"ftpipe.host": socket.gethostname(), "ftpipe.pid": pid, "ftpipe.born": round(psutil.Process(pid).create_time(), 1),
-            "ftpipe.session": os.environ.get(SESSION, "")}
+    return {"ftpipe.host": socket.gethostname(), "ftpipe.pid": pid, "ftpipe.born": born(pid) or "", "ftpipe.session": os.environ.get(SESSION, "")}
 
 
 def alive(found: dict[str, Any]) -> bool:
     """Whether the process that the labels name is still there (a zombie is not)."""
-    import psutil
-
-    try:
-        process = psutil.Process(int(found["ftpipe.pid"]))
-        return abs(process.create_time() - float(found["ftpipe.born"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return lives(int(found["ftpipe.pid"]), str(found["ftpipe.born"]))
 
 
 def mark_crashed(*, session: str | None = None) -> int:

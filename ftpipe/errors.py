@@ -19,6 +19,9 @@ PASSING = frozenset(getattr(errno, name) for name in (
 LIBRARIES = {"requests": ("ConnectionError", "Timeout"), "httpx": ("TimeoutException", "NetworkError", "RemoteProtocolError"),
              "httpx2": ("TimeoutException", "NetworkError", "RemoteProtocolError"), "aiohttp": ("ClientConnectionError",)}
 """The classes by which libraries that talk to servers say that the network failed."""
+DATABASE = ("locked", "busy", "connection refused", "closed the connection unexpectedly", "terminating connection", "starting up", "shutting down",
+            "too many clients", "deadlock detected", "could not serialize")
+"""What SQLite and PostgreSQL say of something that goes away by itself: another at work, a restart."""
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses of a server that may answer later."""
 
@@ -89,8 +92,8 @@ def may_pass(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in PASSING:
         return True
-    if type(error).__name__ == "OperationalError" and any(word in str(error).lower() for word in ("locked", "busy")):
-        return True  # SQLite, directly or through SQLAlchemy
+    if type(error).__name__ == "OperationalError" and any(word in str(error).lower() for word in DATABASE):
+        return True  # a database's driver, directly or through SQLAlchemy
     return any(isinstance(error, cls) for name, classes in LIBRARIES.items() if name in sys.modules
                for cls in (getattr(sys.modules[name], c, None) for c in classes) if isinstance(cls, type))
 

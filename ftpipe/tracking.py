@@ -153,13 +153,13 @@ def default_uri(env: Environment) -> str:
 
 
 def _connect(env: Environment) -> Any:
-    """A client. The workspace's own database is opened as the registry does, under a lock: two processes that create its tables at once would fail."""
-    if env.tracking_uri or env.registry_uri:
+    """A client. A database is opened as the registry does, under a lock: two processes that create its tables at once would fail."""
+    from ftpipe.registry.server import client, served, tracking_uri
+
+    if env.registry_uri or served(tracking_uri(env)):
         from mlflow.tracking import MlflowClient
 
         return MlflowClient(tracking_uri=env.tracking_uri or default_uri(env))
-    from ftpipe.registry.server import client
-
     return client(env)
 
 
@@ -180,7 +180,9 @@ def _experiment(client: Any, env: Environment) -> str:
     found = client.get_experiment_by_name(env.pipeline)
     if found is not None:
         return found.experiment_id
-    place = {} if env.tracking_uri else {"artifact_location": (env.workspace / "mlruns").as_uri()}
+    from ftpipe.registry.server import served, tracking_uri
+
+    place = {} if served(tracking_uri(env)) else {"artifact_location": (env.workspace / "mlruns").as_uri()}
     try:
         return client.create_experiment(env.pipeline, **place)
     except MlflowException:

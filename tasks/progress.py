@@ -11,12 +11,12 @@ from prefect.context import TaskRunContext
 from prefect.logging import get_logger
 
 from ftpipe.stages.base import Listener
-from tasks.publish import slug
+from tasks.publish import impatient, slug
 
 
 @dataclass
 class _Bar:
-    """One stage's bar. Changed by the stage, sent by the sender."""
+    """One stage's bar. Changed by the stage under `lock`, which is never held while a server is waited for; sent under `sending`."""
 
     key: str
     task_run_id: Any
@@ -26,6 +26,7 @@ class _Bar:
     changed: bool = False
     id: Any = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    sending: threading.Lock = field(default_factory=threading.Lock)
 
 
 class ProgressArtifacts(Listener):
@@ -84,18 +85,20 @@ class ProgressArtifacts(Listener):
         from prefect import get_client
         from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
-        with bar.lock:
-            if not bar.changed:
-                return True
+        with bar.sending:
+            with bar.lock:
+                if not bar.changed:
+                    return True
+                percent, text, bar.changed = bar.percent, bar.text, False
             try:
-                with get_client(sync_client=True) as client:
+                with impatient(1), get_client(sync_client=True) as client:
                     if bar.id is None:
-                        bar.id = client.create_artifact(ArtifactCreate(key=bar.key, type="progress", data=bar.percent, description=bar.text,
+                        bar.id = client.create_artifact(ArtifactCreate(key=bar.key, type="progress", data=percent, description=text,
                                                                        task_run_id=bar.task_run_id, flow_run_id=bar.flow_run_id)).id
                     else:
-                        client.update_artifact(bar.id, ArtifactUpdate(data=bar.percent, description=bar.text))
+                        client.update_artifact(bar.id, ArtifactUpdate(data=percent, description=text))
             except Exception as error:
+                bar.changed = True
                 get_logger("progress").debug("progress could not be sent: %s", error)
                 return False
-            bar.changed = False
             return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib.util import find_spec
 from typing import Any
@@ -21,13 +22,23 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
 
 
+@contextmanager
+def impatient(tries: int = 3) -> Iterator[None]:
+    """Ask a server that is away only so many times more, after 2, 4, 8 ... seconds; how a run went is worth waiting for, a picture of it is not."""
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: min(tries, PREFECT_CLIENT_MAX_RETRIES.value())}):
+        yield
+
+
 def courteous(publish: Callable[..., None]) -> Callable[..., None]:
-    """Turn every exception of `publish` into a warning."""
+    """Turn every exception of `publish` into a warning, and do not wait for long."""
 
     @wraps(publish)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            publish(*args, **kwargs)
+            with impatient():
+                publish(*args, **kwargs)
         except Exception as error:
             get_run_logger().warning("an artifact for the UI could not be published: %s: %s", type(error).__name__, error)
 

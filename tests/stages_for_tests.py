@@ -88,6 +88,21 @@ class PlantedVerdict(Stage):
         (ctx.out / "verdict.json").write_text(json.dumps({"passed": self.passes}))
 
 
+class PlantedRegistration(Stage):
+    """Registers a small adapter drawn from a number, which becomes the champion if there is none."""
+
+    method_name: ClassVar[str] = "planted_registration"
+    produces: ClassVar[str] = "version"
+    adapter: Ref = Field(description="what comes before")
+    draw: int = 1
+
+    def run(self, ctx: StageContext) -> None:
+        from tests.registry.helpers import registered
+
+        done = registered(ctx.env, self.draw)
+        (ctx.out / "registration.json").write_text(json.dumps({"registered": True, "name": "demo", "version": done.version, "reason": done.reason}))
+
+
 class Flaky(Stage):
     """Fails `times` times in a way that a retry may mend; the tries are counted in `ctx.work`."""
 
@@ -143,7 +158,7 @@ class Ranks(Stage):
             (ctx.env.workspace / "unwound").touch()
 
 
-KINDS = (PlantedRows, PlantedTraining, PlantedReport, PlantedVerdict, Flaky, Ranks)
+KINDS = (PlantedRows, PlantedTraining, PlantedReport, PlantedVerdict, PlantedRegistration, Flaky, Ranks)
 
 
 def install(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -119,10 +120,12 @@ def _distributed() -> Iterator[Finding]:
 
 def _prefect() -> Iterator[Finding]:
     from flows.server import check, configured
+    from ftpipe.secrets import hide
 
     url = configured()
     if url is None:
-        yield OK, "Prefect", "no server is configured; each run brings one of its own", ""
+        database = os.environ.get("PREFECT_SERVER_DATABASE_CONNECTION_URL") or os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL") or ""
+        yield OK, "Prefect", "no server is configured; each run brings one of its own" + (f", on {hide(database)}" if database else ""), ""
         return
     check(url)
     yield OK, "Prefect", f"{url} answers", ""
@@ -165,3 +168,19 @@ def _config(config: str | None) -> Iterator[Finding]:
                 good = False
             yield OK if good else BAD, f"MLflow ({what})", f"{hide(uri)} {'answers' if good else 'does not answer'}", \
                 f"start it, or correct `{what}` in {config}"
+        elif uri and uri.startswith("postgresql"):
+            yield _database(f"MLflow ({what})", uri, f"start it, or correct `{what}` in {config}")
+
+
+def _database(what: str, uri: str, remedy: str) -> Finding:
+    """Whether a PostgreSQL database can be connected to."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from ftpipe.secrets import hide
+
+    try:
+        with create_engine(uri, connect_args={"connect_timeout": 10}).connect():
+            return OK, what, f"{hide(uri)} answers", ""
+    except SQLAlchemyError as error:
+        return BAD, what, f"{hide(uri)} does not answer: {hide(str(error)).strip().splitlines()[0]}", remedy

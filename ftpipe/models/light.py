@@ -18,24 +18,25 @@ def load(name: str) -> ModuleType:
     """The module `name`, imported under `spared` if it is not there yet."""
     if name in sys.modules:
         return sys.modules[name]
-    with spared():
+    # Hidden for DeepSpeed alone, which only ranks load: in a process that tracks its runs, another thread may be importing it.
+    with spared("mlflow") if name.startswith("deepspeed") else spared():
         return importlib.import_module(name)
 
 
 @contextmanager
-def spared() -> Iterator[None]:
+def spared(*hidden: str) -> Iterator[None]:
     """While it lasts, importing does not load
 
     * torch's compiler because a function is marked to be compiled (bitsandbytes, DeepSpeed's Muon) or not to be (transformers): both stay as they are written,
       which is what they compute;
     * scipy.optimize for transformers' losses of object detection: a call of its `linear_sum_assignment` loads it;
-    * MLflow for DeepSpeed's autotuner.
+    * modules that are `hidden` (MLflow, for DeepSpeed's autotuner).
     """
     import torch
 
     compiles, disables = torch.compile, torch.compiler.disable
     torch.compile = torch.compiler.disable = _as_written
-    stands_in = {"mlflow": None, "scipy.optimize": _scipy_optimize()}
+    stands_in = dict.fromkeys(hidden) | {"scipy.optimize": _scipy_optimize()}
     put = [name for name in stands_in if name not in sys.modules]
     for name in put:
         sys.modules[name] = stands_in[name]  # type: ignore[assignment]

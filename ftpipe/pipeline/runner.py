@@ -23,6 +23,7 @@ from ftpipe.pipeline.events import Events
 from ftpipe.pipeline.plan import Planned, plan_stage, remember
 from ftpipe.pipeline.spec import Pipeline
 from ftpipe.pipeline.store import Store, write_atomic
+from ftpipe.processes import born, lives
 from ftpipe.stages.base import Listener, StageContext
 
 
@@ -69,7 +70,8 @@ class Run:
         self.artifacts: dict[str, Artifact] = {}
         self.record: dict[str, Any] = {
             "id": self.id, "pipeline": pipeline.name, "source": str(pipeline.source or ""), "started": _now(), "ended": None, "state": "running",
-            "version": __version__, "argv": sys.argv, "host": socket.gethostname(), "pid": os.getpid(), "user": os.environ.get("USER", ""), "stages": {},
+            "version": __version__, "argv": sys.argv, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()),
+            "user": os.environ.get("USER", ""), "stages": {},
         }
         pipeline.check()
         self.events = Events(pipeline.env.workspace, self.id, pipeline.name)
@@ -186,13 +188,11 @@ def run(pipeline: Pipeline, *, selection: Selection | None = None, listener: Lis
 
 def runs(workspace: Path) -> list[dict[str, Any]]:
     """The records of past runs, newest first. A run whose process is gone is shown as killed."""
-    import psutil
-
     found = []
     # an id begins with its second; of runs that began in one, the later is the one that was written to last
     for path in sorted((workspace / "runs").glob("*.json"), key=lambda p: (p.name[:15], p.stat().st_mtime_ns), reverse=True):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["state"] == "running" and record["host"] == socket.gethostname() and not psutil.pid_exists(record["pid"]):
+        if record["state"] == "running" and record["host"] == socket.gethostname() and not lives(record["pid"], record.get("born")):
             record["state"] = "killed"
         found.append(record)
     return found

@@ -76,7 +76,10 @@ class Pipeline:
         return self.settings.name
 
     def check(self) -> None:
-        """Let every stage look for what cannot work, before any of them runs."""
+        """Look for what cannot work, in every stage, before any of them runs."""
+        from ftpipe.registry import server
+
+        server.check(self.env)
         for name, stage in self.stages.items():
             try:
                 stage.check(self.env, self.stages)

@@ -236,10 +236,12 @@ def problems(env: Environment, name: str) -> list[str]:
 
 @contextmanager
 def lock(env: Environment, name: str) -> Iterator[None]:
-    """The only right to change a model's versions and aliases from this workspace. A killed holder releases it."""
+    """The only right to change a model's versions and aliases from this workspace, and see `server.turn`. A killed holder releases it."""
     from filelock import FileLock
+
+    from ftpipe.registry.server import turn
 
     path = folder(env, name).parent / ".locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
+    with FileLock(path), turn(env, name):
         yield

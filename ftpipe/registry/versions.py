@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from ftpipe.artifacts import Artifact
 from ftpipe.canonical import file_digest
@@ -168,23 +170,28 @@ def load_version(env: Environment, name: str, version: int | str) -> Path:
 
 
 def _fetch(env: Environment, name: str, entry: dict[str, Any], folder: Path) -> None:
-    """Download a version that lies on a server into its place in this workspace."""
+    """Bring a version that lies on a server or in another workspace to its place in this one. The caller may hold the ledger's lock."""
     from ftpipe.registry import server
 
-    if server.local_database(env):
+    if server.registry_uri(env) == f"sqlite:///{env.workspace / 'mlflow.db'}":
         raise ArtifactError(f"the files of version {entry['version']} are gone", where=str(folder), remedy="run its pipeline again; it registers them anew")
     from mlflow.artifacts import download_artifacts
 
     mlflow = server.client(env)
     source = server.call(mlflow.get_model_version_download_uri, name, str(entry["version"]))
+    if source.startswith("file:") and not Path(url2pathname(urlparse(source).path)).is_dir():
+        raise ArtifactError(f"the files of version {entry['version']} lie in a workspace that cannot be read from here", where=source,
+                            remedy="set `tracking:` to an MLflow server, which keeps the files of all, or share that folder; then register it again")
     temporary = folder.with_name(f".fetching-{entry['content'][:16]}-{uuid.uuid4().hex[:6]}")
     try:
         server.call(download_artifacts, artifact_uri=source, dst_path=str(temporary), tracking_uri=server.tracking_uri(env),
                     registry_uri=server.registry_uri(env))
         inner = temporary if (temporary / MANIFEST).exists() else next(p.parent for p in temporary.rglob(MANIFEST))
-        with ledger.lock(env, name):
-            if not folder.exists():
-                inner.rename(folder)
+        try:
+            inner.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was quicker
+                raise
     except StopIteration:
         raise ArtifactError(f"version {entry['version']} has no {MANIFEST}", where=source) from None
     finally:

@@ -14,6 +14,7 @@ from ftpipe.stages.base import Environment, Ref, Stage, StageContext
 from ftpipe.train import launch as launching
 from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.adapt.lora import Lora
+from ftpipe.train.meeting import Nodes
 from ftpipe.train.objective.sft import Sft
 from ftpipe.train.optimizer.adamw import Adamw
 from ftpipe.train.regularizer.base import Regularizer
@@ -54,7 +55,8 @@ class Train(Stage):
     max_tokens: int | None = Field(default=None, ge=2, description="Longer rows are left out, with that reason; the model's context if not set.")
     shuffle: bool = Field(default=True, description="Draw the order of each epoch anew; false keeps the order of the rows.")
     packing: bool = Field(default=True, description="Let rows share a sequence (they do not see each other); false gives each its own.")
-    ranks: int | Literal["auto"] = Field(default="auto", description="Processes that train together; auto is one for each GPU, or one on a CPU.")
+    ranks: int | Literal["auto"] = Field(default="auto", description="Processes that train together on each machine; auto: one for each GPU, or one on a CPU.")
+    nodes: Nodes | None = Field(default=None, description="Other machines that train too, such as `{count: 2}`; this one alone if not set.")
     zero: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage: what is spread over the ranks (1 optimizer state, 2 and gradients, 3 and "
                                       "parameters).")
     offload: Literal["none", "optimizer"] = Field(default="none", description="What is kept in the memory of the CPU beside a GPU: `optimizer` is its state, "
@@ -88,7 +90,8 @@ class Train(Stage):
 
     def key_fields(self) -> dict[str, Any]:
         # How the work is spread changes a result by rounding at most; when checkpoints are written changes nothing.
-        return self.model_dump(mode="json", exclude={"ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain", "share_devices"})
+        return self.model_dump(mode="json", exclude={"ranks", "nodes", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain",
+                                                     "share_devices"})
 
     def good_enough(self, last: Artifact, inputs: dict[str, Artifact], env: Environment) -> str | None:
         if not self.retrain:
@@ -119,7 +122,9 @@ class Train(Stage):
             raise ConfigError(f"{ranks} ranks, but {gpus} GPUs", remedy=f"set ranks to {gpus} or less, or to auto")
         if not gpus and ranks > 4 * launching.cores():
             raise ConfigError(f"{ranks} ranks on {launching.cores()} processors would take turns", remedy=f"set ranks to {launching.cores()} or less")
-        if self.zero == 3 and ranks == 1:
+        if self.nodes and (self.nodes.least or 1) > self.nodes.count:
+            raise ConfigError(f"at least {self.nodes.least} of {self.nodes.count} machines", where="nodes", remedy="set least to count or less")
+        if self.zero == 3 and ranks == 1 and not self.nodes:
             raise ConfigError("ZeRO stage 3 spreads the parameters over ranks, and there is one rank", remedy="set ranks to 2 or more, or zero to 2")
         if self.offload == "optimizer" and self.zero not in (1, 2):
             raise ConfigError(f"the optimizer is offloaded under ZeRO stages 1 and 2, and zero is {self.zero}", remedy="set zero to 1 or 2, or offload: none")
@@ -173,7 +178,7 @@ class Train(Stage):
             if job.device == "cpu" and job.world > launching.cores():
                 ctx.log.warning("%d ranks share %d processors", job.world, launching.cores())
             launching.launch(job, ctx.work, hear=heard, log=ctx.log.info, render=lambda: rendering.render(self, ctx, table, Path(job.tokens)),
-                             share=self.share_devices)
+                             share=self.share_devices, nodes=self.nodes)
         outcome.finish(self, ctx, job, table, heard)
 
     def _job(self, ctx: StageContext, identity: dict[str, str]) -> Job:

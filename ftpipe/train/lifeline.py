@@ -47,7 +47,8 @@ class Reporter:
 
     def __call__(self, event: str, **values: Any) -> None:
         if self._file:
-            self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+            # Not the time of day: who failed first must not depend on a clock that may be set meanwhile.
+            self._file.write(json.dumps({"event": event, "time": time.monotonic(), **values}) + "\n")
             self._file.flush()
 
     def alive(self, doing: str) -> None:

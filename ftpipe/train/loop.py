@@ -34,7 +34,7 @@ WINDOW = 8
 def train(job: Job, report: Reporter) -> None:
     """Train, and leave the result in the folder `job.result` (rank 0). Resumes from the newest checkpoint."""
     report.alive("importing libraries")
-    with process_group(job):
+    with process_group(job, report):
         resumed = checkpoint.latest(Path(job.checkpoints))
         run = prepare(job, report, resumed.memory if resumed else {})
         rows = await_rows(Path(job.tokens), report)
@@ -213,7 +213,8 @@ def _finish(run: Run, job: Job, rows: Rows, steps: Sequence[tuple[int, list[int]
         tensors = {f"{n}/{k}": v for n, held in optimizer.items() for k, v in held.items() if torch.is_tensor(v)}
         save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, temporary / "optimizer.safetensors")
     size = run.quantize.parameters(run.model) if run.quantize else sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
-    summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": size, "packing_difference": packing}
+    summary = {"trainable": sum(v.numel() for n, v in state.items() if n in run.engine.names), "parameters": size, "packing_difference": packing,
+               "ranks": run.world}
     (temporary / "metrics.json").write_text(json.dumps({"metrics": metrics, **summary}), encoding="utf-8")
     os.rename(temporary, final)
     report("done", **summary)

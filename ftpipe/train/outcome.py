@@ -79,14 +79,14 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
                "trained_tokens": sum(m["trained_tokens"] for m in trained), "first_loss": trained[0]["loss"], "last_loss": trained[-1]["loss"],
                "trainable": told["trainable"], "parameters": told["parameters"], "sources": _by_source(rows, steps),
                "settings": stage.dump()[stage.name()]}
-    for name in ("ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain", "share_devices"):
+    for name in ("ranks", "zero", "offload", "checkpoint_every", "heartbeat", "diverged", "retrain", "share_devices", "nodes"):
         summary["settings"].pop(name)
     (ctx.out / "train.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     ctx.counts |= {"steps": len(steps), "tokens": summary["tokens"], "trained_tokens": summary["trained_tokens"]}
     ctx.meta["trainable"] = told["trainable"]
     moved = verify(stage.model, ctx, job)
     thin = max(1, math.ceil(len(heard.timing) / POINTS))
-    ctx.notes |= {"ranks": job.world, "threads": job.threads, "device": job.device, "zero": job.zero, "startup_seconds": heard.startup,
+    ctx.notes |= {"ranks": told["ranks"], "threads": job.threads, "device": job.device, "zero": job.zero, "startup_seconds": heard.startup,
                   "packing_difference": told["packing_difference"], "probe_difference": moved, "timing": heard.timing[::thin]}
     if heard.timing:
         ctx.notes["tokens_per_second"] = median(t["tokens_per_second"] for t in heard.timing)

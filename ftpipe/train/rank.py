@@ -12,12 +12,14 @@ from ftpipe.train.lifeline import Reporter, hold
 def main(path: str) -> int:
     """Train as the job file says. Returns the exit status; what went wrong is reported to the parent first."""
     hold()
-    report = Reporter()
+    report, several = Reporter(), False
     try:
         from ftpipe.train.loop import train
         from ftpipe.train.setup import Job
 
-        train(Job.read(Path(path)), report)
+        job = Job.read(Path(path))
+        several = bool(job.nodes)
+        train(job, report)
         return 0
     except BaseException as error:
         traceback.print_exc()
@@ -30,11 +32,17 @@ def main(path: str) -> int:
             error = TrainingError(f"out of memory while {report.doing}", remedy="the model, what trains and its optimizer's state do not fit: keep the base in "
                                   "few bits (`quantize: nf4` or `int8`), set dtype: bfloat16, train less of it (`adapt`), or spread it (more ranks, higher "
                                   "`zero`)")
-        known = isinstance(error, FtpipeError)
-        kind = type(error).__name__ if known else InfrastructureError.__name__ if may_pass(error) else ""
+        known, echo = isinstance(error, FtpipeError), several and _broken(error)
+        kind = type(error).__name__ if known else InfrastructureError.__name__ if echo or may_pass(error) else ""
         report("failed", kind=kind, what=error.what if known else f"{type(error).__name__}: {error}",
-               where=error.where if known else None, remedy=error.remedy if known else "run again, it resumes from the last checkpoint")
+               where=error.where if known else None, remedy=error.remedy if known else "run again, it resumes from the last checkpoint", echo=echo)
         return 1
+
+
+def _broken(error: BaseException) -> bool:
+    from ftpipe.train.watch import broken
+
+    return broken(error)
 
 
 if __name__ == "__main__":

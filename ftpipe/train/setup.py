@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from ftpipe import slots
 from ftpipe.errors import TrainingError
 from ftpipe.stages.base import Environment
 from ftpipe.train.batches import Plan, calibration
+from ftpipe.train.lifeline import Reporter
 from ftpipe.train.objective.base import Example
 from ftpipe.train.run import Batch, Run, derive_seed
 
 if TYPE_CHECKING:
-    from ftpipe.train.lifeline import Reporter
+    import torch
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Job:
     model, identity, workspace, base: the base model and the environment that finds it. seed. dtype. zero. world: number of ranks. threads: of each.
     device: cuda or cpu. heartbeat: seconds. parts: adapt, objective, regularizers, optimizer, schedule in YAML form. learning_rate, warmup, clip.
     stop: {epochs|steps|tokens: n}. plan: the fields of `batches.Plan` but lengths and times. tokens: file of the rendered rows. checkpoints: folder.
-    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file by which ranks find each other. kernels: use those of
-    `models.kernels`. diverged: see `loop.Divergence`. offload: optimizer state on the CPU. quantize: method of
-    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`. calibration: file of the rows that the
-    adapter's method looks at before training, if they are not those of training.
+    checkpoint_every: steps, 0 for none. result: folder to be made. rendezvous: file or tcp://address:port by which ranks find each other. kernels: use those
+    of `models.kernels`. diverged: see `loop.Divergence`. offload: optimizer state on the CPU. quantize: method of
+    models/quantize in YAML form, None for the base as it is. keep_optimizer: leave the optimizer's state in `result`. calibration: file of the rows
+    that the adapter's method looks at before training, if they are not those of training. nodes: the machines that take
+    part (id, name, address), each with as many ranks, in their order; empty if it is one. silence, join: see `meeting.Nodes`.
     """
 
     model: str
@@ -66,6 +68,9 @@ class Job:
     quantize: dict[str, Any] | None = None
     keep_optimizer: bool = False
     calibration: str = ""
+    nodes: list[dict[str, str]] = field(default_factory=list)
+    silence: float = 60.0
+    join: float = 600.0
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -91,8 +96,8 @@ def rank() -> int:
 
 
 @contextmanager
-def process_group(job: Job):
-    """torch.distributed and DeepSpeed's view of it, for the length of the block."""
+def process_group(job: Job, report: Reporter | None = None):
+    """torch.distributed and DeepSpeed's view of it, for the length of the block. report: says which machine was lost, if there are several."""
     import datetime
 
     os.environ["DS_ACCELERATOR"] = job.device
@@ -108,14 +113,25 @@ def process_group(job: Job):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if job.device == "cuda" else "gloo"
     # Longer than the parent waits, so that it is the parent who says which rank is stuck.
-    dist.init_process_group(backend, init_method=f"file://{job.rendezvous}", rank=rank(), world_size=job.world,
-                            timeout=datetime.timedelta(seconds=2 * job.heartbeat + 60))
+    timeout, watch = datetime.timedelta(seconds=2 * job.heartbeat + 60), None
+    if job.nodes:
+        from ftpipe.train.watch import Watch, store
+
+        meeting, ranks = store(job, rank()), job.world // len(job.nodes)
+        if rank() % ranks == 0:
+            watch = Watch(job, rank() // ranks, report or Reporter())
+            watch.start()
+        dist.init_process_group(backend, store=meeting, rank=rank(), world_size=job.world, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method=f"file://{job.rendezvous}", rank=rank(), world_size=job.world, timeout=timeout)
     deepspeed = import_deepspeed(job.device)
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     try:
         yield
     finally:
         if sys.exc_info()[0] is None:
+            if watch:
+                watch.stop()
             dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ftpipe import errors
 from ftpipe.errors import FtpipeError, InfrastructureError
+from ftpipe.processes import born
 from ftpipe.train.lifeline import EVENTS, PARENT, PIPE, WHERE
 
 GRACE = 5.0
@@ -26,20 +27,31 @@ STACK, FRAME = "Stack (most recent call first):", "  File "
 """How a process begins to say where it is (see `lifeline.WHERE`), and each line of it."""
 COLLECTIVE = "/torch/distributed/"
 """In the path of a process that waits for others, at the top of its stack."""
+TELL = 10.0
+"""Seconds that another machine has to say what happened there, once a connection to it broke here."""
 
 
 @dataclass
 class Child:
-    """One supervised process. `output` holds what it printed, `events` what it reported (see `lifeline.Reporter`)."""
+    """One supervised process. `output` holds what it printed, `events` what it reported (see `lifeline.Reporter`).
+
+    Another machine's share of the work has no process here: `process` is None, and how it ended stands in its events (`ended`, `failed`).
+    """
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     output: Path
     events: Path
     doing: str = "starting"
     heard: float = field(default_factory=time.monotonic)
     failure: dict[str, Any] | None = None
     offset: int = 0
+    ended: int | None = None
+
+    @property
+    def status(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self.process.poll() if self.process else self.ended
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Whole lines reported since the last call."""
@@ -52,7 +64,10 @@ class Child:
                     break
                 self.offset += len(line)
                 self.heard = time.monotonic()
-                yield json.loads(line)
+                event = json.loads(line)
+                if event["event"] in ("ended", "failed") and self.process is None:
+                    self.ended = int(event["event"] == "failed")
+                yield event
 
     def last_lines(self) -> str:
         """The end of what it printed."""
@@ -64,8 +79,8 @@ class Child:
         return "\n".join(f"    {line[:300]}" for line in [part for part in lines if part.strip()][-LAST_LINES:])
 
     def stack(self, seconds: float = 1.0) -> list[str]:
-        """Where in its program it is, the innermost call first; nothing from a process that cannot answer (stopped, or not heard of yet)."""
-        if not self.offset or self.process.poll() is not None:
+        """Where in its program it is, the innermost call first; nothing from a process that cannot answer (stopped, not heard of yet, or elsewhere)."""
+        if self.process is None or not self.offset or self.process.poll() is not None:
             return []
         before = self.output.stat().st_size
         self.process.send_signal(WHERE)
@@ -83,24 +98,26 @@ class Child:
 class Supervisor:
     """Watches children until all have ended well, or one has not."""
 
-    def __init__(self, children: list[Child], timeout: float, hear: Callable[[Child, dict[str, Any]], None]):
-        self.children, self.timeout, self.hear = children, timeout, hear
+    def __init__(self, children: list[Child], timeout: float, hear: Callable[[Child, dict[str, Any]], None], among: bool = False):
+        self.children, self.timeout, self.hear, self.among = children, timeout, hear, among
         self.memory_ran_out = out_of_memory_kills()
+        self.echo = False
+        """Whether what `wait` raised tells only of a connection that another machine broke."""
 
-    def wait(self) -> None:
-        """Return when every child has ended with status 0. Raises what the first one that failed reported, or InfrastructureError."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Return when every child has ended with status 0. Raises what the first one that failed reported, or InfrastructureError.
+
+        `meanwhile` is called again and again; what it raises ends the waiting.
+        """
         while True:
-            running = [c for c in self.children if c.process.poll() is None]
+            running = [c for c in self.children if c.status is None]
             for child in self.children:
                 self._listen(child)
-            failed = [c for c in self.children if c.process.poll() not in (None, 0)]
-            if failed:
-                time.sleep(0.5)  # what fails first makes others fail: let them say so, then find the first
-                for child in self.children:
-                    self._listen(child)
-                raise self._failure([c for c in self.children if c.process.poll() not in (None, 0)])
+            if any(c.status for c in self.children):
+                raise self._failure(self._all_that_failed())
             if not running:
                 return
+            meanwhile()
             if time.monotonic() - min(c.heard for c in running) > self.timeout:
                 raise self._stuck(running)
             time.sleep(POLL)
@@ -118,6 +135,23 @@ class Supervisor:
         return InfrastructureError("\n".join(filter(None, said)),
                                    remedy="run again, it resumes from the last checkpoint; raise `heartbeat` if one micro-batch takes this long")
 
+    def _all_that_failed(self) -> list[Child]:
+        """What fails first makes others fail: let them say so. Where only echoes are heard of what happened on another machine, it has time to tell."""
+        time.sleep(0.5)
+        end = time.monotonic() + TELL
+        while True:
+            for child in self.children:
+                self._listen(child)
+            failed = [c for c in self.children if c.status]
+            silent = [c for c in self.children if c.process is None and c.status is None]
+            if not silent or time.monotonic() > end or any(not self._echoes(c) for c in failed):
+                return failed
+            time.sleep(POLL)
+
+    def _echoes(self, child: Child) -> bool:
+        """Whether it failed only because something on another machine did: it tells of a broken connection, or NCCL, which watches these, aborted it."""
+        return self.among and (child.failure.get("echo", False) if child.failure else child.status == -signal.SIGABRT)
+
     def _listen(self, child: Child) -> None:
         for event in child.read():
             if event["event"] == "alive":
@@ -128,7 +162,14 @@ class Supervisor:
                 self.hear(child, event)
 
     def _failure(self, failed: list[Child]) -> FtpipeError:
-        killed = [c for c in failed if c.process.returncode < 0]
+        self.echo = all(self._echoes(c) for c in failed)
+        silent = [c.name for c in self.children if c.process is None and c.status is None]
+        if self.echo and silent:
+            said = failed[0].failure["what"] if failed[0].failure else "it was aborted"
+            return InfrastructureError(f"{failed[0].name} lost its connection while {failed[0].doing}, and nothing more was heard of {' and '.join(silent)}: "
+                                       f"{said}", remedy="see whether that machine runs and can be reached; run again, it resumes from the last checkpoint")
+        failed = [c for c in failed if not self._echoes(c)] or failed
+        killed = [c for c in failed if c.status < 0]
         told = sorted((c for c in failed if c.failure and c.failure["kind"]), key=lambda c: c.failure["time"])
         if told and not killed:
             first = told[0]
@@ -136,7 +177,7 @@ class Supervisor:
             return cls(first.failure["what"], where=first.failure["where"], remedy=first.failure["remedy"])
         first = killed[0] if killed else min(failed, key=lambda c: c.failure["time"] if c.failure else 0)
         if killed:
-            number = -first.process.returncode
+            number = -first.status
             name = signal.Signals(number).name if number in [s.value for s in signal.Signals] else str(number)
             if name == "SIGKILL" and out_of_memory_kills() > self.memory_ran_out:
                 return errors.TrainingError(f"{first.name} was killed by the kernel, as memory ran out, while {first.doing}\n{first.last_lines()}".rstrip(),
@@ -146,14 +187,14 @@ class Supervisor:
             what = f"{first.name} was killed by {name}{hint} while {first.doing}"
             return InfrastructureError(f"{what}\n{first.last_lines()}".rstrip(), remedy="run again, it resumes from the last checkpoint; lower batch_tokens "
                                        "if memory ran out")
-        said = first.failure["what"] if first.failure else f"it ended with status {first.process.returncode}"
+        said = first.failure["what"] if first.failure else f"it ended with status {first.status}"
         return errors.TrainingError(f"{first.name} failed while {first.doing}: {said}\n{first.last_lines()}".rstrip(),
                                     remedy="the stage's log has all of what it printed")
 
 
 @contextmanager
 def supervised(commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], *, folder: Path, record: Path, timeout: float,
-               hear: Callable[[Child, dict[str, Any]], None]) -> Iterator[Supervisor]:
+               hear: Callable[[Child, dict[str, Any]], None], elsewhere: Mapping[str, Path] | None = None) -> Iterator[Supervisor]:
     """Start processes and stop all of them, and whatever they started, when the block is left for any reason.
 
     Args:
@@ -162,6 +203,7 @@ def supervised(commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], 
         record: file that remembers them, so that `clean` finds those a killed parent may have left.
         timeout: seconds of silence after which a process counts as stuck.
         hear: called in this thread with every event a process reports.
+        elsewhere: for each other machine that has a share in the work, the file in which it reports as a process does; None if none has.
     """
     clean(record)
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,12 +219,13 @@ def supervised(commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], 
             _remember(record, children)
         os.close(end)
         end = -1
-        yield Supervisor(children, timeout, hear)
+        children += [Child(name, None, events.with_suffix(".log"), events) for name, events in (elsewhere or {}).items()]
+        yield Supervisor(children, timeout, hear, among=elsewhere is not None)
     finally:
         with _undisturbed():
             if end >= 0:
                 os.close(end)
-            left = stop([c.process for c in children])
+            left = stop([c.process for c in children if c.process])
             os.close(ours)
             if not left:
                 record.unlink(missing_ok=True)
@@ -231,13 +274,13 @@ def clean(record: Path) -> list[int]:
         return []
     family: dict[int, Any] = {}
     for entry in entries:
-        try:
-            process = psutil.Process(entry["pid"])
-            mine = abs(process.create_time() - entry["create_time"]) < 0.01
-            family |= {p.pid: p for p in ([process, *process.children(recursive=True)] if mine else [])}
-        except psutil.NoSuchProcess:
-            mine = True  # gone; what it started may be left
-        family |= {p.pid: p for p in (_session(entry["pid"]) if mine else [])}
+        if (now := born(entry["pid"])) not in (None, entry.get("born")):
+            continue  # its number was given to another
+        if now:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(entry["pid"])
+                family |= {p.pid: p for p in [process, *process.children(recursive=True)]}
+        family |= {p.pid: p for p in _session(entry["pid"])}  # if it is gone, what it started may be left
     for process in family.values():
         _signal(process, signal.SIGKILL)
     psutil.wait_procs(list(family.values()), timeout=GRACE)
@@ -291,14 +334,7 @@ def _signal(process: Any, number: int) -> None:
 
 
 def _remember(record: Path, children: Sequence[Child]) -> None:
-    import psutil
-
-    entries = []
-    for child in children:
-        try:
-            entries.append({"name": child.name, "pid": child.process.pid, "create_time": psutil.Process(child.process.pid).create_time()})
-        except psutil.NoSuchProcess:
-            continue
+    entries = [{"name": c.name, "pid": c.process.pid, "born": began} for c in children if c.process and (began := born(c.process.pid))]
     temporary = record.with_name(record.name + ".tmp")
     temporary.write_text(json.dumps(entries), encoding="utf-8")
     os.replace(temporary, record)

@@ -83,20 +83,40 @@ class Api:
         return [line["message"] for line in self.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [id]}}, "limit": 200})]
 
 
+class Server:
+    """`prefect server start` on a free port, with its database in `home` unless `extra` names another; it can be killed and started again."""
+
+    def __init__(self, home: Path, extra: dict[str, str] | None = None):
+        self.home, self.extra, self.port = home, extra or {}, free_port()
+        self.api = Api(f"http://127.0.0.1:{self.port}/api")
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        with (self.home / "server.out").open("ab") as out:
+            self.process = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", str(self.port)], stdout=out,
+                                            env=environment(self.home, self.extra), stderr=subprocess.STDOUT, start_new_session=True)
+        wait_for(lambda: self.process.poll() is not None or _healthy(self.api.url), 120, what="the Prefect server's start")
+        assert self.process.poll() is None, (self.home / "server.out").read_text()
+
+    def kill(self) -> None:
+        """kill -9 of all of it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            stop(self.process)
+
+
 @contextmanager
 def prefect_server(home: Path) -> Iterator[Api]:
-    """`prefect server start` on a free port, with its database in `home`."""
-    port = free_port()
-    with (home / "server.out").open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", str(port)], env=environment(home, {}), stdout=out,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+    """A server for the length of the block."""
+    server = Server(home)
     try:
-        api = Api(f"http://127.0.0.1:{port}/api")
-        wait_for(lambda: process.poll() is not None or _healthy(api.url), 120, what="the Prefect server's start")
-        assert process.poll() is None, (home / "server.out").read_text()
-        yield api
+        server.start()
+        yield server.api
     finally:
-        stop(process)
+        server.stop()
 
 
 def _healthy(url: str) -> bool:

@@ -163,6 +163,19 @@ def test_the_kubernetes_folder_is_complete():
     assert not any(kind == "Secret" for kind, _ in by)
 
 
+def test_the_nodes_of_kubernetes_are_what_kubernetes_knows_and_run_a_command_that_ftpipe_has():
+    from ftpipe.cli import VERBS
+
+    nodes, service = (yaml.safe_load_all((DEPLOY / "kubernetes" / "nodes.yaml").read_text()))
+    assert lost(nodes, typed(nodes)) == []
+    assert nodes["spec"]["serviceName"] == service["metadata"]["name"] and service["spec"]["selector"] == nodes["spec"]["selector"]["matchLabels"]
+    pod = nodes["spec"]["template"]["spec"]
+    assert pod["containers"][0]["args"][:2] == ["ftpipe", "node"] and "node" in VERBS
+    assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in pod["containers"][0]["volumeMounts"]}
+    run = {v["name"]: v for v in template("kubernetes")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["volumes"]}
+    assert set(run) == {v["name"] for v in pod["volumes"]}, "a run and the nodes see the same folder"
+
+
 def test_what_compose_names_is_there():
     found = compose()
     services = found["services"]

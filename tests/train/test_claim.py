@@ -72,7 +72,7 @@ def test_ranks_see_the_devices_that_were_claimed(monkeypatch, tmp_path):
     monkeypatch.setattr(claim.tempfile, "gettempdir", lambda: str(tmp_path))
 
     class Asked:
-        device, world, threads = "cuda", 1, 1
+        device, world, threads, nodes = "cuda", 1, 1, []
 
     for share in (False, True):
         launch.launch(Asked, Path(tmp_path), hear=None, log=print, render=None, share=share)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from ftpipe.errors import InfrastructureError, TrainingError
+from ftpipe.processes import born
 from ftpipe.train.supervise import clean, supervised
 from tests.train.planted import environment
 
@@ -178,8 +179,8 @@ def test_what_an_earlier_parent_left_is_ended_before_a_new_start_and_nothing_els
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
-        record = [{"name": "rank 0", "pid": orphan.pid, "create_time": psutil.Process(orphan.pid).create_time()},
-                  {"name": "rank 1", "pid": other.pid, "create_time": psutil.Process(other.pid).create_time() - 100}]  # its number was given to another
+        record = [{"name": "rank 0", "pid": orphan.pid, "born": born(orphan.pid)},
+                  {"name": "rank 1", "pid": other.pid, "born": born(orphan.pid)}]  # its number was given to another
         (tmp_path / "ranks.json").write_text(json.dumps(record))
         assert clean(tmp_path / "ranks.json") == [orphan.pid]
         assert not alive([orphan.pid])
