@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+def cluster(tmp_path_factory):
     """Two nodes of one processor each."""
     import ray
     from ray.cluster_utils import Cluster
@@ -43,10 +43,15 @@ def engine(tmp_path_factory):
             for _ in range(2):
                 _add_node(cluster)
             cluster.wait_for_nodes()
-            yield Ray(address=cluster.address)
+            yield cluster
         finally:
             ray.shutdown()
             cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(cluster):
+    return Ray(address=cluster.address)
 
 
 def _add_node(cluster, tries: int = 3) -> None:
@@ -161,3 +166,15 @@ def test_errors_say_what_was_wrong_there(engine, monkeypatch):
     monkeypatch.setattr(module, "_surroundings", lambda: other)
     with pytest.raises(ConfigError, match=r"this node has pyarrow \S+, and the machine that started the run 1\.0"):
         list(engine.map(fatal, [1]))
+
+
+def test_the_shards_of_a_node_that_is_lost_are_done_by_the_other(cluster, engine):
+    """The last test: it leaves one node."""
+    lost, = cluster.worker_nodes
+    results, first = engine.map(where, range(24), common=(0.3,), alone=True), [(-1, "")]
+    while first[-1][1] != lost.node_id:
+        first.append(next(results))
+    cluster.remove_node(lost, allow_graceful=False)
+    rest = list(results)
+    assert [i for i, _ in first + rest] == list(range(-1, 24))
+    assert {node for _, node in rest[-6:]} == {cluster.head_node.node_id}
