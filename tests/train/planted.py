@@ -94,7 +94,7 @@ def in_process(folder: Path, model: Path, monkeypatch: Any, rows: list[dict[str,
     rendering.render(wanted, ctx, RowSet(ctx.inputs["rows"]).table(), Path(job.tokens))
     Path(job.checkpoints).mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "process_group", lambda job: nullcontext())
+        patch.setattr(loop, "process_group", lambda job, report: nullcontext())
         loop.train(job, report or Reporter())
     return Path(job.result)
 

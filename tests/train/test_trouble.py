@@ -147,7 +147,7 @@ def test_each_ranks_last_lines_are_in_the_log_of_the_stage(tmp_path, monkeypatch
     said = {0: HOLD + "print('words of zero', flush=True); time.sleep(60)",
             1: HOLD + "time.sleep(.3); print('words of one', flush=True); report('failed', kind='TrainingError', what='w', where='', remedy=''); sys.exit(1)"}
     real = launch.environment
-    monkeypatch.setattr(launch, "environment", lambda job, rank, gpus=None: real(job, rank, gpus) | {"PYTHONPATH": planted.environment()["PYTHONPATH"]})
+    monkeypatch.setattr(launch, "environment", lambda *a, **b: real(*a, **b) | {"PYTHONPATH": planted.environment()["PYTHONPATH"]})
     monkeypatch.setattr(launch, "rank_command", lambda rank, file: [sys.executable, "-c", said[rank]])
     from dataclasses import replace
 
