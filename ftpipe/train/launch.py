@@ -20,6 +20,10 @@ from ftpipe.train.setup import Job
 from ftpipe.train.supervise import Child, supervised
 
 
+class Enough(Exception):
+    """Raised by whoever hears the ranks, when it has heard what it wanted: they are ended, and `launch` returns without a result."""
+
+
 def devices() -> int:
     """GPUs that this process may use, counted without loading torch: those of CUDA_VISIBLE_DEVICES, else those the driver shows."""
     from importlib.metadata import version
@@ -45,7 +49,7 @@ def threads(ranks: int) -> int:
 
 def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None],
            share: bool = False) -> None:
-    """Run the job's ranks to the end, or raise what went wrong; no rank is left either way.
+    """Run the job's ranks to the end (or until `hear` raises `Enough`), or raise what went wrong; no rank is left either way.
 
     Args:
         job: without rendezvous, which is new for each start.
@@ -82,6 +86,8 @@ def _run(job: Job, work: Path, gpus: list[str] | None, hear: Callable[[dict[str,
             if not Path(job.tokens).exists():
                 render()
             ranks.wait()
+        except Enough:
+            return
         except BaseException:
             for child in ranks.children:
                 if said := child.last_lines():
