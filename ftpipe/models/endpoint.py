@@ -56,7 +56,7 @@ def command(name: str, host: str, port: int, *, server: str = "auto", more: Sequ
 def free(host: str, port: int) -> None:
     """Raises InfrastructureError if nothing can listen there."""
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         raise InfrastructureError(f"port {port} of {host} cannot be listened at: {error.strerror or error}", remedy="name another one: --port 8001") from error

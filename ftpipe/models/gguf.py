@@ -67,8 +67,9 @@ def export_gguf(model: str, env: Environment, adapter: Path, out: Path, *, conve
                                   env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
             if done.returncode or not new.is_file():
                 said = "\n".join(f"    {line[:300]}" for line in done.stdout.splitlines()[-LAST_LINES:])
-                raise ConfigError(f"the converter ended with status {done.returncode} and no usable file\n{said}", where=start[-1],
-                                  remedy="a newer llama.cpp may know this model; `--form merged` writes what it converts")
+                remedy = "install what llama.cpp's requirements/requirements-convert_hf_to_gguf.txt names" if "No module named" in done.stdout else \
+                    "a newer llama.cpp may know this model; `--form merged` writes what it converts"
+                raise ConfigError(f"the converter ended with status {done.returncode} and no usable file\n{said}", where=start[-1], remedy=remedy)
             return read_back(new, merged)
         finally:
             shutil.rmtree(merged, ignore_errors=True)

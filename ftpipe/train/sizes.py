@@ -74,22 +74,25 @@ def fitted(method: Adapt, target: int, count: Callable[[Any], int]) -> Fitted:
 
     as_it_is = _as_it_is(method, count)
     try:
-        sizeless = method.sized(1) is None
+        if method.sized(1) is None:
+            return as_it_is
     except ValueError:
-        sizeless = False
-    if sizeless or as_it_is.trainable is None:
-        return as_it_is
-    starts = (2**i for i in range(LARGEST.bit_length()))
+        pass  # 1 is no size of it
+    # If it does not count as it is, its size may be what is wrong; four others tell whether it is that.
+    starts = (2**i for i in range(LARGEST.bit_length() if as_it_is.trainable is not None else 4))
     low = next((n for n in (first(start, start + max(start, GAP)) for start in starts) if n is not None), None)
     if low is None:
         return as_it_is
+    smallest, end = low, low
     high: int | None = low
-    end = low
     while high is not None and trains(high) < target and end < LARGEST:
         end = 2 * end
         low, high = high, first(end, 2 * end)
-        if high is not None and trains(high) <= trains(low):
-            return as_it_is  # what was taken for a size is none
+        if high is not None and trains(high) <= trains(low):  # it grows no further, or never did
+            if trains(low) <= trains(smallest):
+                return as_it_is
+            end = low
+            break
     while end - low > 1:
         middle = _between(low, trains(low), end, trains(high) if high else None, target)
         found = first(middle, end)
@@ -108,7 +111,7 @@ def _as_it_is(method: Adapt, count: Callable[[Any], int]) -> Fitted:
     try:
         number = count(method)
     except FtpipeError as error:
-        return Fitted(method, None, f"no setting for its size; {error.what}")
+        return Fitted(method, None, f"as it was: {error.what}")
     return Fitted(method, number, f"no setting for its size: {number:,} parameters")
 
 

@@ -97,3 +97,11 @@ def test_sizes_that_a_method_refuses_are_passed_over():
         return 10 * m.r
 
     assert [fitted(lora, t, even).method.r for t in (1, 79, 95, 101, 5000)] == [4, 8, 8, 12, 500]
+
+
+def test_a_size_that_stops_to_matter_is_taken_as_far_as_it_does_and_one_that_never_did_is_none(count):
+    lora = method(lora={"r": 4})
+    assert fitted(lora, 1000, lambda m: 10 * min(m.r, 16)).method.r == 16
+    assert fitted(lora, 1000, lambda m: 77) == Fitted(lora, 77, "no setting for its size: 77 parameters")
+    found = fitted(method(pissa={"r": 64}), 2 * LAYER * 5, count)
+    assert found.method.r == 5, "as it is its rank is too large for the model"
