@@ -19,8 +19,8 @@ def results(evaluation: Artifact, arms: dict[str, list[Artifact]], against: Sequ
     Returns:
         `means`: {suite, metric, higher_is_better, arm, mean, by_seed} for the base and each arm. `comparisons`: {suite, metric, a, b} and the fields of
         `statistics.ArmComparison` with `better` and `worse`: each arm against the base and against those in `against`. `forgetting`: suites that ask
-        for what should not have changed. `arms`: their steps, tokens and trained parameters (these do not differ from run to run), and `same_rows`: whether
-        each step saw the rows that the first arm's saw (of arms with fewer steps, as far as they went); None if that is not known.
+        for what should not have changed. `first`: name of the first arm. `arms`: their steps, tokens and trained parameters (these do not differ from run to
+        run), and `same_rows`: whether each step saw the rows that the first arm's saw (as far as both went); None if that is not known.
 
     Raises:
         ArtifactError: if the evaluation lacks one of the adapters.
@@ -47,7 +47,7 @@ def results(evaluation: Artifact, arms: dict[str, list[Artifact]], against: Sequ
                 c = compare_arms(of[arm], of[other], w, higher_is_better=higher, confidence=confidence)
                 compared.append({"suite": suite, "metric": metric, "a": arm, "b": other, "confidence": confidence, "better": c.better, "worse": c.worse}
                                 | asdict(c))
-    return {"means": means, "comparisons": compared, "forgetting": about["forgetting"], "seeds": seeds, "against": list(against),
+    return {"means": means, "comparisons": compared, "forgetting": about["forgetting"], "seeds": seeds, "against": list(against), "first": next(iter(arms)),
             "arms": {arm: _trained(made) | {"same_rows": _same_rows(made, next(iter(arms.values())))} for arm, made in arms.items()}}
 
 

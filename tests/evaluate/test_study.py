@@ -130,6 +130,8 @@ def test_the_page_says_what_the_budget_was_and_what_each_arm_got():
     assert said[2] == "All arms saw the same rows in the same order, as far as their steps went."
     equal = {"arms": {arm: told | {"steps": [30, 30], "trainable": [1, 1], "same_rows": True} for arm in ("a", "b")}, "budget": None}
     assert _budget(equal, {})[0] == "Budget: equal steps, 30 for each arm."
+    equal["arms"]["a"]["same_rows"], equal["first"] = False, "b"  # the file has the arms in the order of their names
+    assert _budget(equal, {})[1] == "a saw other rows than b, or in another order."
 
 
 def test_the_frontier_is_what_nothing_beats_both_ways():

@@ -89,10 +89,9 @@ def _budget(study: dict[str, Any], costs: dict[str, Any]) -> list[str]:
         each = "; ".join(f"{arm}: {note}" + (f", and {_range(arms[arm]['trainable'])} when it trained" if arm in arms else "")
                          for arm, note in asked.get("sizes", {}).items())
         said.append(f"Budget: sizes that train as near as possible to {count(wanted)} parameters. {each}.")
-    first = next(iter(arms))
     if known := {arm: told["same_rows"] for arm, told in arms.items() if told.get("same_rows") is not None}:
         others = [arm for arm, same in known.items() if not same]
-        said.append(f"{', '.join(others)} saw other rows than {first}, or in another order." if others else
+        said.append(f"{', '.join(others)} saw other rows than {study['first']}, or in another order." if others else
                     "All arms saw the same rows in the same order, as far as their steps went.")
     return said
 
