@@ -8,7 +8,7 @@ import sys
 import warnings
 
 VERBS = ("init", "data", "run", "plan", "stage", "serve", "node", "prove", "compare", "status", "log", "why", "trace", "which", "forget", "registry", "chat",
-         "generate", "export", "gc", "doctor", "methods", "schema")
+         "generate", "endpoint", "export", "gc", "doctor", "methods", "schema")
 """The verbs in the order in which `--help` lists them."""
 
 

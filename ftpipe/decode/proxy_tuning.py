@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from ftpipe.decode._follower import Follower, follower
 from ftpipe.decode.base import Decoder, DecodeRun
 from ftpipe.errors import ConfigError
 
@@ -36,44 +37,17 @@ class ProxyTuning(Decoder):
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
     def processors(self, run: DecodeRun) -> list[Any]:
-        if run.env is None:
-            raise ConfigError("proxy_tuning loads two more models and was not told where", remedy="pass env= to ModelService.generate")
         if self.adapter is None and self.antiexpert is None:
             raise ConfigError("proxy_tuning needs the small model before and after tuning", remedy="set adapter:, or antiexpert:")
-        expert = run.service.companion(self.expert, run.env, adapter=run.env.path(self.adapter) if self.adapter else None)
-        anti = run.service.companion(self.antiexpert or self.expert, run.env)
-        for name, other in ((self.expert, expert), (self.antiexpert or self.expert, anti)):
-            if other.tokenizer.get_vocab() != run.service.tokenizer.get_vocab():
-                raise ConfigError(f"{name} has another tokenizer than the model that generates", remedy="proxy-tuning needs models that share one")
-        return [Shift(expert.model, anti.model, run.attention_mask, self.alpha, len(run.service.tokenizer))]
-
-
-class Follower:
-    """A model that is fed what another one generates, with a key-value cache of its own."""
-
-    def __init__(self, model: Any, mask: torch.Tensor):
-        self.model, self.mask, self.cache = model, mask, None
-        self.seen = 0
-
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, vocabulary) float32 logits after `input_ids` (batch, length), of which only what is new goes through the model."""
-        import torch
-
-        new = input_ids.shape[1] - self.mask.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), new)], dim=1) if new else self.mask
-        position = (mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(input_ids=input_ids[:, self.seen:], attention_mask=mask, position_ids=position[:, self.seen:], past_key_values=self.cache,
-                         use_cache=True, logits_to_keep=1)
-        self.cache, self.seen = out.past_key_values, input_ids.shape[1]
-        return out.logits[:, -1].float()
+        expert, anti = follower(run, self.expert, self.adapter), follower(run, self.antiexpert or self.expert)
+        return [Shift(expert, anti, self.alpha, len(run.service.tokenizer))]
 
 
 class Shift:
     """Logits processor: scores + alpha * (expert - anti-expert) for the first `vocabulary` ids, -inf for the others."""
 
-    def __init__(self, expert: Any, anti: Any, mask: torch.Tensor, alpha: float, vocabulary: int):
-        self.expert, self.anti = Follower(expert, mask), Follower(anti, mask)
-        self.alpha, self.vocabulary = alpha, vocabulary
+    def __init__(self, expert: Follower, anti: Follower, alpha: float, vocabulary: int):
+        self.expert, self.anti, self.alpha, self.vocabulary = expert, anti, alpha, vocabulary
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
@@ -83,4 +57,3 @@ class Shift:
         combined = torch.full_like(scores, -torch.inf)
         combined[:, :v] = scores[:, :v] + self.alpha * difference.to(scores.device)
         return combined
-

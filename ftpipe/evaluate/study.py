@@ -19,7 +19,8 @@ def results(evaluation: Artifact, arms: dict[str, list[Artifact]], against: Sequ
     Returns:
         `means`: {suite, metric, higher_is_better, arm, mean, by_seed} for the base and each arm. `comparisons`: {suite, metric, a, b} and the fields of
         `statistics.ArmComparison` with `better` and `worse`: each arm against the base and against those in `against`. `forgetting`: suites that ask
-        for what should not have changed. `arms`: their steps, tokens and trained parameters (these do not differ from run to run). `noise`,
+        for what should not have changed. `first`: name of the first arm. `arms`: their steps, tokens and trained parameters (these do not differ from run to
+        run), and `same_rows`: whether each step saw the rows that the first arm's saw (as far as both went); None if that is not known. `noise`,
         where there are two seeds or more: {suite, metric} and the fields of `statistics.NoiseFloor`, over all arms.
 
     Raises:
@@ -51,12 +52,13 @@ def results(evaluation: Artifact, arms: dict[str, list[Artifact]], against: Sequ
                 compared.append({"suite": suite, "metric": metric, "a": arm, "b": other, "confidence": confidence, "better": c.better, "worse": c.worse}
                                 | asdict(c))
     return {"means": means, "comparisons": compared, "noise": noise, "forgetting": about["forgetting"], "seeds": seeds, "against": list(against),
-            "arms": {arm: _trained(made) for arm, made in arms.items()}}
+            "first": next(iter(arms)),
+            "arms": {arm: _trained(made) | {"same_rows": _same_rows(made, next(iter(arms.values())))} for arm, made in arms.items()}}
 
 
 def costs(arms: dict[str, list[Artifact]], selection: dict[str, Artifact], pool: Artifact | None) -> dict[str, dict[str, Any]]:
-    """By arm, as the manifests have it: `seconds` of training (median over seeds), `tokens_per_second`, `memory_bytes` (largest), `file_bytes` of the
-    adapter, and `selection`: seconds and model tokens spent to choose its rows, on scores and on reference models."""
+    """By arm, as the manifests have it: `seconds` of training (median over seeds), of those `step_seconds` in its steps, `tokens_per_second`, `memory_bytes`
+    (largest), `file_bytes` of the adapter, and `selection`: seconds and model tokens spent to choose its rows, on scores and on reference models."""
     from statistics import median
 
     shared = {a.key for a in pool.ancestors()} if pool else set()
@@ -64,7 +66,7 @@ def costs(arms: dict[str, list[Artifact]], selection: dict[str, Artifact], pool:
     for arm, made in arms.items():
         notes = [a.manifest["notes"] for a in made]
         found[arm] = {name: choose(values) if (values := [n[name] for n in notes if name in n]) else None
-                      for name, choose in (("seconds", median), ("tokens_per_second", median), ("memory_bytes", max))}
+                      for name, choose in (("seconds", median), ("step_seconds", median), ("tokens_per_second", median), ("memory_bytes", max))}
         found[arm]["file_bytes"] = max(sum(e["size"] for name, e in a.manifest["files"].items()
                                            if name.startswith("adapter/") and name.endswith(".safetensors")) for a in made)
         spent = [a for a in selection[arm].ancestors() if a.key not in shared] if arm in selection else []
@@ -87,6 +89,23 @@ def _trained(made: Sequence[Artifact]) -> dict[str, Any]:
     """What the trainings of an arm did, by seed; empty for adapters that no training made (a merge)."""
     told = [a.json("train.json") for a in made if a.has("train.json")]
     return {name: [t[name] for t in told] for name in ("rows", "steps", "tokens", "trained_tokens", "trainable")}
+
+
+def _same_rows(made: Sequence[Artifact], first: Sequence[Artifact]) -> bool | None:
+    """Whether the trainings of an arm showed the rows that those of the first arm did, seed by seed, in the same steps, as far as the shorter one went."""
+    if not all(a.has("seen.parquet") for a in (*made, *first)):
+        return None
+    return all(_equal(a, b) for a, b in zip(made, first))
+
+
+def _equal(a: Artifact, b: Artifact) -> bool:
+    import pyarrow.parquet as pq
+
+    seen = [{r["row_id"]: r["first_step"] for r in pq.read_table(x.file("seen.parquet"), columns=["row_id", "first_step"]).to_pylist()} for x in (a, b)]
+    tokens = [pq.read_table(x.file("metrics.parquet"), columns=["tokens", "rows"]).to_pylist() for x in (a, b)]
+    steps = min(map(len, tokens))
+    early = [{row: step for row, step in s.items() if step <= steps} for s in seen]
+    return early[0] == early[1] and tokens[0][:steps] == tokens[1][:steps]
 
 
 def _mean(values: Sequence[float], weights: Sequence[float], mean: Any) -> float:

@@ -6,21 +6,24 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftpipe.canonical import digest
 from ftpipe.errors import DataError
 from ftpipe.stages.base import Environment
 
-BATCH = 8
+if TYPE_CHECKING:
+    from ftpipe.decode.base import Decoder
 
 
 def answer_file(model: str, env: Environment, adapter: Path | None, prompts: Path, out: Path, *, max_new_tokens: int, temperature: float = 0.0,
-                top_p: float = 1.0, seed: int = 0, base: bool = False, progress: Callable[[int, int], None] = lambda n, of: None) -> int:
+                top_p: float = 1.0, seed: int = 0, decoder: Decoder | None = None, base: bool = False,
+                progress: Callable[[int, int], None] = lambda n, of: None) -> int:
     """Answer each row of `prompts` and append it with `answer` (and `base_answer`) to `out`, in the file's order. Returns the number of rows in `out`.
 
     Rows that `out` holds already, told by their prompt, are passed over; a last line that was cut off by a kill is taken away first. Each answer depends
-    on its prompt, the seed and the settings alone.
+    on its prompt, the seed and the settings alone. `decoder`, a method of the slot `decode`, replaces temperature and top_p of
+    the adapter's answers.
 
     Raises:
         DataError: naming file and line, before a model is loaded, for a row without a prompt, or an `out` that is of other prompts.
@@ -39,7 +42,7 @@ def answer_file(model: str, env: Environment, adapter: Path | None, prompts: Pat
             row, messages = asked[number]
             for name, service in services.items():
                 made, = service.generate([service.renderer.prompt(messages)], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-                                         batch_size=1)
+                                         decoder=decoder if name == "answer" else None, env=env, batch_size=1)
                 row = row | {name: made.text, "finished": made.finished} if name == "answer" else row | {name: made.text}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
             f.flush()

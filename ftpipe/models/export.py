@@ -16,17 +16,19 @@ PEFT = "adapter_config.json"
 
 
 @contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well. Raises ConfigError if `out` is there."""
+def written(out: Path, *, folder: bool = True) -> Iterator[Path]:
+    """A folder (or the name of a file) beside `out` that becomes `out` when the block ends well. Raises ConfigError if `out` is there."""
     if out.exists():
-        raise ConfigError("it is there already", where=str(out), remedy="name a folder that is not there yet")
+        raise ConfigError("it is there already", where=str(out), remedy=f"name a {'folder' if folder else 'file'} that is not there yet")
     new = out.with_name(f".{out.name}.{uuid.uuid4().hex[:6]}")
-    new.mkdir(parents=True)
+    (new if folder else new.parent).mkdir(parents=True, exist_ok=not folder)
     try:
         yield new
         new.rename(out)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        if not folder:
+            new.unlink(missing_ok=True)
         raise
 
 
@@ -42,7 +44,7 @@ def export_adapter(model: str, env: Environment, adapter: Path, out: Path) -> Pa
     from ftpipe.models.weights import base_weights
 
     told = read_manifest(adapter)
-    with plain(adapter, base_weights(model, env, told)) as folder, _written(out) as new:
+    with plain(adapter, base_weights(model, env, told)) as folder, written(out) as new:
         if not (folder / PEFT).exists():
             raise ConfigError(f"an adapter trained by {next(iter(told['method']))} has no form that PEFT loads", where=str(adapter),
                               remedy="export it merged: --form merged")
@@ -64,7 +66,7 @@ def export_merged(model: str, env: Environment, adapter: Path, out: Path, *, bas
     """
     from ftpipe.models.loading import load_merged, load_tokenizer
 
-    with _written(out) as new:
+    with written(out) as new:
         merged: Any = load_merged(model, env, adapter, base=base, dtype=dtype, device="cpu")
         merged.save_pretrained(new, safe_serialization=True)
         load_tokenizer(model, env).save_pretrained(new)

@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 
 from ftpipe.artifacts import Artifact
 from ftpipe.errors import ArtifactError
-from ftpipe.pipeline.lineage import current
 from ftpipe.pipeline.runner import runs
 from ftpipe.pipeline.store import Store
 from ftpipe.stages.base import Environment
@@ -98,7 +97,7 @@ def _needed(store: Store) -> set[str]:
     from ftpipe.registry.ledger import list_models, list_versions
 
     env = Environment(workspace=store.workspace.absolute(), base=store.workspace.absolute(), pipeline="")
-    roots = {a.key for artifacts in current(store).values() for a in artifacts} | _running(store)
+    roots = {a.key for artifacts in store.current().values() for a in artifacts} | _running(store)
     roots |= {key for name in list_models(env) for version in list_versions(env, name) for key in version["stages"].values()}
     needed: set[str] = set()
     for artifact in filter(None, (_get(store, key) for key in roots)):

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ftpipe.artifacts import DECISIONS, Artifact
-from ftpipe.errors import ConfigError, nearest
+from ftpipe.errors import ConfigError
+from ftpipe.pipeline.adapters import trained
 from ftpipe.pipeline.store import Store
 from ftpipe.tables import connect
-
-
-def current(store: Store, pipeline: str | None = None) -> dict[str, list[Artifact]]:
-    """For each pipeline, the artifact that each stage last had."""
-    found: dict[str, list[Artifact]] = {}
-    for path in sorted((store.workspace / "last").glob("*/*.json")):
-        if pipeline is None or path.parent.name == pipeline:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            artifact = store.find(entry["kind"], entry["key"])
-            if artifact:
-                found.setdefault(path.parent.name, []).append(artifact)
-    return {name: _ordered(artifacts) for name, artifacts in found.items()}
 
 
 def why(workspace: Path, row: str, pipeline: str | None = None) -> list[dict[str, Any]]:
@@ -31,7 +19,7 @@ def why(workspace: Path, row: str, pipeline: str | None = None) -> list[dict[str
     pipeline's order) and seen (stage, key, times). Raises ConfigError if no row has this id.
     """
     found = []
-    for name, artifacts in current(Store(workspace), pipeline).items():
+    for name, artifacts in Store(workspace).current(pipeline).items():
         with connect() as con:
             for origin in _rows(con, [a for a in artifacts if a.has("rows.parquet")], row):
                 exact = origin["row_id"]
@@ -52,12 +40,12 @@ def trace(workspace: Path, adapter: str) -> dict[str, Any]:
     """The rows that made an adapter.
 
     Args:
-        adapter: registered NAME, NAME@VERSION or NAME@ALIAS; a stage's name; or an artifact key of 8 digits or more.
+        adapter: as `adapters.find` reads it.
 
     Returns:
         stage, key, and rows: row_id, times, source, line, group, text, most seen first.
     """
-    artifact = _adapter(Store(workspace), adapter)
+    artifact = trained(workspace, adapter)
     rows = [str(a.file("rows.parquet")) for a in artifact.ancestors() if a.has("rows.parquet")]
     with connect() as con:
         listed = _dicts(con.sql(
@@ -150,46 +138,3 @@ def _quarantined(con, pipeline: str, artifact: Artifact, prefix: str) -> list[di
 
 def _dicts(result) -> list[dict[str, Any]]:
     return result.to_arrow_table().to_pylist()
-
-
-def _adapter(store: Store, text: str) -> Artifact:
-    """The training artifact that a registered name, a stage's name or a key stands for."""
-    last = [a for artifacts in current(store).values() for a in artifacts if a.has("seen.parquet")]
-    named = [a for a in last if text in (a.name, f"{a.name}@last")]
-    if named:
-        return named[-1]
-    if len(text) >= 8 and all(c in "0123456789abcdef" for c in text):
-        return store.get(text)
-    from ftpipe import registry
-    from ftpipe.registry.ledger import adapter_content
-    from ftpipe.stages.base import Environment
-
-    model, _, which = text.partition("@")
-    env = Environment(workspace=store.workspace.absolute(), base=store.workspace.absolute(), pipeline="")
-    known = registry.list_models(env)
-    if model not in known:
-        raise ConfigError(f"no adapter {text!r}", remedy=nearest(text, [*known, *(a.name for a in last)]))
-    version = registry.show(env, model, which or "champion")
-    made = (store.get(key) for key in version["stages"].values())
-    found = next((a for a in made if a.has("seen.parquet") and adapter_content(a) == version["content"]), None)
-    if found is None:
-        raise ConfigError(f"version {version['version']} of {model} was not trained in this workspace", where=str(store.workspace),
-                          remedy="ask in the workspace that trained it; --workspace names it")
-    return found
-
-
-def _ordered(artifacts: list[Artifact]) -> list[Artifact]:
-    """Inputs before what was made of them."""
-    keys = {a.key: a for a in artifacts}
-    done: dict[str, Artifact] = {}
-
-    def visit(artifact: Artifact) -> None:
-        if artifact.key not in done:
-            for entry in artifact.manifest["inputs"].values():
-                if entry["key"] in keys:
-                    visit(keys[entry["key"]])
-            done[artifact.key] = artifact
-
-    for artifact in artifacts:
-        visit(artifact)
-    return list(done.values())

@@ -84,6 +84,17 @@ class Store:
         """Every finished artifact."""
         return [Artifact(p.parent, self.get) for p in sorted((self.workspace / "store").glob(f"*/{MANIFEST}"))]
 
+    def current(self, pipeline: str | None = None) -> dict[str, list[Artifact]]:
+        """For each pipeline, the artifact that each stage last had, inputs before what was made of them."""
+        found: dict[str, list[Artifact]] = {}
+        for path in sorted((self.workspace / "last").glob("*/*.json")):
+            if pipeline is None or path.parent.name == pipeline:
+                entry = json.loads(path.read_text(encoding="utf-8"))
+                artifact = self.find(entry["kind"], entry["key"])
+                if artifact:
+                    found.setdefault(path.parent.name, []).append(artifact)
+        return {name: _ordered(artifacts) for name, artifacts in found.items()}
+
     @contextmanager
     def lock(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
         """Hold the only right to build `key`. Calls `waiting` once if another process has it. A killed holder releases it."""
@@ -153,3 +164,20 @@ class Store:
             pid = leftover.name.split("-")[-2]
             if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _ordered(artifacts: list[Artifact]) -> list[Artifact]:
+    """Inputs before what was made of them."""
+    keys = {a.key: a for a in artifacts}
+    done: dict[str, Artifact] = {}
+
+    def visit(artifact: Artifact) -> None:
+        if artifact.key not in done:
+            for entry in artifact.manifest["inputs"].values():
+                if entry["key"] in keys:
+                    visit(keys[entry["key"]])
+            done[artifact.key] = artifact
+
+    for artifact in artifacts:
+        visit(artifact)
+    return list(done.values())

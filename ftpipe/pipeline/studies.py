@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from ftpipe import slots
 from ftpipe.errors import ConfigError, nearest
 from ftpipe.pipeline import spec
+from ftpipe.stages.train import ENDS, Train
 
 HEADER = """\
 # {what}, from {source}. Written by `{command}`.
@@ -70,24 +72,39 @@ def prove(path: Path, selections: list[str], *, train: str | None = None, evalua
     return given.study("prove", stages, arms, evaluation, study)
 
 
-def compare(path: Path, train: str, arms: dict[str, dict[str, Any]], *, evaluation: str | None = None, seeds: int = 1) -> dict[str, Any]:
-    """The pipeline that trains one stage in several ways: the same rows in the same order, as many steps.
+def compare(path: Path, train: str, arms: dict[str, dict[str, Any]], *, evaluation: str | None = None, seeds: int = 1, seconds: float | None = None,
+            parameters: int | None = None) -> dict[str, Any]:
+    """The pipeline that trains one stage in several ways: the same rows in the same order, as many steps or as many seconds.
 
     Args:
         path: the pipeline that has the stage.
         train: the train stage.
         arms: by arm, settings that replace the stage's; every other arm is compared with the first.
         evaluation, seeds: as in `prove`.
+        seconds: train each arm for so many seconds of steps, in place of the stage's own end.
+        parameters: give each arm the rank or width that trains as near as possible to so many parameters; what was chosen is in the study's `budget`.
     """
     given = _Given(path)
     settings = given.stage(train, "train")
+    if seconds is not None:
+        for arm, changes in arms.items():
+            if own := sorted(set(changes) & set(ENDS)):
+                raise ConfigError(f"arm {arm} sets {own[0]}, and all arms are to train for {seconds:g} seconds", remedy=f"leave {own[0]} out of the arm")
+        settings = {k: v for k, v in settings.items() if k not in ENDS} | {"seconds": seconds}
+    arms = {arm: settings | changes for arm, changes in arms.items()}
+    sizes: dict[str, str] = {}
+    if parameters is not None:
+        for arm, own in arms.items():
+            arms[arm], sizes[arm] = given.sized(arm, own, parameters)
     stages, made = {}, {}
     for seed in given.seeds(seeds):
-        for arm, changes in arms.items():
+        for arm, own in arms.items():
             name = f"compare_{arm}_{seed}"
-            stages[name] = settings | changes | {"kind": "train", "seed": seed}
+            stages[name] = own | {"kind": "train", "seed": seed}
             made.setdefault(arm, []).append(name)
-    return given.study("compare", stages, made, evaluation, {"against": [next(iter(arms))]})
+    asked = {"seconds": seconds, "parameters": parameters, "sizes": sizes}
+    budget = {"budget": {k: v for k, v in asked.items() if v}} if any(asked.values()) else {}
+    return given.study("compare", stages, made, evaluation, {"against": [next(iter(arms))]} | budget)
 
 
 def write(data: dict[str, Any], out: Path, source: Path, *, what: str, command: str) -> str:
@@ -140,6 +157,20 @@ class _Given:
             raise ConfigError(f"{len(found) or 'no'} train stages read {rows}", where=str(self.path),
                               remedy="name the one whose settings to use: --train STAGE")
         return self.stage(found[0], "train")
+
+    def sized(self, arm: str, settings: dict[str, Any], parameters: int) -> tuple[dict[str, Any], str]:
+        """A train stage's settings with the size of its method that trains nearest to `parameters`, and what was chosen."""
+        from ftpipe.train.sizes import fitted, trainable
+
+        model = settings.get("model") or self.pipeline.settings.model
+        if not model:
+            raise ConfigError("no base model is named", where=str(self.path), remedy="set `model:` at the top of the file or in the train stage")
+        try:
+            method = slots.parse("train/adapt", settings.get("adapt", Train.model_fields["adapt"].default))
+        except ValueError as error:
+            raise ConfigError(f"arm {arm}: {error}", where=str(self.path), remedy="`ftpipe methods train/adapt` lists what there is") from error
+        found = fitted(method, parameters, lambda m: trainable(m, model, self.pipeline.env, seed=self.seed))
+        return settings | {"adapt": found.method.dump()}, found.note
 
     def evaluation(self, name: str | None) -> dict[str, Any]:
         """The evaluation's settings, without the systems it compares and what only a report of one adapter shows."""

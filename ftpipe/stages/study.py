@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ftpipe.errors import ConfigError
 from ftpipe.stages.base import Environment, Ref, Stage, StageContext
+
+
+class Budget(BaseModel):
+    """What every arm of a comparison was to get alike, beside the rows and their order; what it got is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float | None = Field(default=None, gt=0, description="Seconds of steps; as many steps as each other if not set.")
+    parameters: int | None = Field(default=None, ge=1, description="Parameters that train, as near as each method's size can come.")
+    sizes: dict[str, str] = Field(default={}, description="By arm: the size that was chosen for `parameters`, or why there is none.")
 
 
 class Study(Stage):
@@ -27,6 +37,7 @@ class Study(Stage):
     against: list[str] = Field(default=[], description="Arms that every other arm is compared with; each is compared with the base too.")
     selection: dict[str, Ref] = Field(default={}, description="Stage that chose the rows of an arm, if choosing them cost something.")
     pool: Ref | None = Field(default=None, description="Stage that all selections start from; what comes before it is no arm's cost.")
+    budget: Budget | None = Field(default=None, description="What the arms were to get alike; the page shows it beside what they got.")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Confidence of the intervals.")
 
     @field_validator("arms")
@@ -39,7 +50,8 @@ class Study(Stage):
         return value
 
     def check(self, env: Environment, pipeline: dict[str, Stage]) -> None:
-        for field, names in (("against", self.against), ("selection", self.selection)):
+        sizes = self.budget.sizes if self.budget else {}
+        for field, names in (("against", self.against), ("selection", self.selection), ("budget.sizes", sizes)):
             for name in names:
                 if name not in self.arms:
                     raise ConfigError(f"{field} names {name!r}, which is no arm", remedy=f"the arms are {', '.join(self.arms)}")
@@ -55,6 +67,7 @@ class Study(Stage):
 
         made = {arm: [ctx.inputs[stage] for stage in stages] for arm, stages in self.arms.items()}
         found: dict[str, Any] = results(ctx.inputs[self.evaluation], made, self.against, self.confidence)
+        found["budget"] = self.budget.model_dump(mode="json") if self.budget else None
         (ctx.out / "study.json").write_text(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False), encoding="utf-8")
         chosen = {arm: ctx.inputs[stage] for arm, stage in self.selection.items()}
         ctx.notes["costs"] = costs(made, chosen, ctx.inputs[self.pool] if self.pool else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,8 @@ from ftpipe.train.regularizer.base import Regularizer
 from ftpipe.train.schedule.linear import Linear
 from ftpipe.train.setup import Job
 
+ENDS = ("epochs", "steps", "tokens", "seconds")
+"""The settings that say when training ends."""
 CPU_TOKENS, GPU_TOKENS, ROWS_PER_STEP = 512, 4096, 16
 
 
@@ -45,9 +48,11 @@ class Train(Stage):
     schedule: choose("train/schedule") = Field(default=Linear(), description="How the learning rate changes.")
     learning_rate: float = Field(default=2e-4, ge=0, description="Peak learning rate; 0 trains nothing, on purpose.")
     warmup: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the learning rate climbs to its peak.")
-    epochs: int | None = Field(default=None, ge=1, description="Passes over the rows. One of epochs, steps and tokens is set, or none: 1 epoch.")
+    epochs: int | None = Field(default=None, ge=1, description="Passes over the rows. One of epochs, steps, tokens and seconds is set, or none: 1 epoch.")
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
     tokens: int | None = Field(default=None, ge=1, description="Tokens to see (prompts included); the step that would pass it is not taken.")
+    seconds: float | None = Field(default=None, gt=0, description="Seconds of steps, on the machine that trains: a short trial finds how many steps those are, "
+                                  "and the training is then the one that so many `steps` are. The number is in `train.json` and in the notes.")
     rows_per_step: int | None = Field(default=None, ge=1, description="Rows in one optimizer step, over all ranks; 16 if tokens_per_step is not set either.")
     tokens_per_step: int | None = Field(default=None, ge=1, description="Most tokens in one optimizer step, over all ranks.")
     batch_tokens: int | None = Field(default=None, ge=1, description="Most tokens in one micro-batch: memory against speed, without effect on what is learnt. "
@@ -77,9 +82,9 @@ class Train(Stage):
 
     @model_validator(mode="after")
     def _choices(self) -> Train:
-        ends = [n for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None]
+        ends = [n for n in ENDS if getattr(self, n) is not None]
         if len(ends) > 1:
-            raise ValueError(f"set one of epochs, steps and tokens, not {' and '.join(ends)}")
+            raise ValueError(f"set one of {', '.join(ENDS[:-1])} and {ENDS[-1]}, not {' and '.join(ends)}")
         if self.rows_per_step and self.tokens_per_step:
             raise ValueError("set one of rows_per_step and tokens_per_step")
         if self.ranks != "auto" and self.ranks < 1:
@@ -124,6 +129,8 @@ class Train(Stage):
             raise ConfigError(f"{ranks} ranks on {launching.cores()} processors would take turns", remedy=f"set ranks to {launching.cores()} or less")
         if self.nodes and (self.nodes.least or 1) > self.nodes.count:
             raise ConfigError(f"at least {self.nodes.least} of {self.nodes.count} machines", where="nodes", remedy="set least to count or less")
+        if self.nodes and self.seconds:
+            raise ConfigError("seconds are found by a trial on this machine alone, and nodes are set", remedy="set steps, tokens or epochs, or leave nodes out")
         if self.zero == 3 and ranks == 1 and not self.nodes:
             raise ConfigError("ZeRO stage 3 spreads the parameters over ranks, and there is one rank", remedy="set ranks to 2 or more, or zero to 2")
         if self.offload == "optimizer" and self.zero not in (1, 2):
@@ -166,26 +173,32 @@ class Train(Stage):
 
     def run(self, ctx: StageContext) -> None:
         from ftpipe.data.rows import RowSet
-        from ftpipe.train import outcome, rendering
+        from ftpipe.train import outcome, rendering, trial
 
         identity = self.externals(ctx.env)["model"]
         table = RowSet(ctx.inputs[self.rows]).table()
         if table.num_rows == 0:
             raise DataError("there are no rows to train on", where=f"stage {self.rows}", remedy=f"see what dropped them: `ftpipe log {self.rows}`")
         job = self._job(ctx, identity)
+
+        def render() -> None:
+            rendering.render(self, ctx, table, Path(job.tokens))
+
+        if self.seconds:
+            ctx.notes["budget"] = found = trial.steps_within(self.seconds, job, ctx, render, share=self.share_devices)
+            job = replace(job, stop={"steps": found["steps"]})
         heard = outcome.Heard(ctx)
         if not Path(job.result).is_dir():
             if job.device == "cpu" and job.world > launching.cores():
                 ctx.log.warning("%d ranks share %d processors", job.world, launching.cores())
-            launching.launch(job, ctx.work, hear=heard, log=ctx.log.info, render=lambda: rendering.render(self, ctx, table, Path(job.tokens)),
-                             share=self.share_devices, nodes=self.nodes)
+            launching.launch(job, ctx.work, hear=heard, log=ctx.log.info, render=render, share=self.share_devices, nodes=self.nodes)
         outcome.finish(self, ctx, job, table, heard)
 
     def _job(self, ctx: StageContext, identity: dict[str, str]) -> Job:
         from ftpipe.train import rendering
 
         ranks, device = self._ranks(), "cuda" if launching.devices() else "cpu"
-        ends = {n: getattr(self, n) for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None} or {"epochs": 1}
+        ends = {n: getattr(self, n) for n in ENDS[:-1] if getattr(self, n) is not None} or {"epochs": 1}  # `seconds` become steps in `run`
         plan = {"batch_tokens": self.batch_tokens or (GPU_TOKENS if device == "cuda" else CPU_TOKENS), "tokens_per_step": self.tokens_per_step,
                 "rows_per_step": self.rows_per_step or (None if self.tokens_per_step else ROWS_PER_STEP), "shuffle": self.shuffle,
                 "alone": not self.packing or not type(self.adapt).packs}

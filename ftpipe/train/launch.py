@@ -25,6 +25,10 @@ RANK = "ftpipe.train.rank"
 """The module that is one rank."""
 
 
+class Enough(Exception):
+    """Raised by whoever hears the ranks, when it has heard what it wanted: they are ended, and `launch` returns without a result."""
+
+
 def devices() -> int:
     """GPUs that this process may use, counted without loading torch: those of CUDA_VISIBLE_DEVICES, else those the driver shows."""
     from importlib.metadata import version
@@ -50,7 +54,7 @@ def threads(ranks: int) -> int:
 
 def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None],
            share: bool = False, nodes: meeting.Nodes | None = None) -> None:
-    """Run the job's ranks to the end, or raise what went wrong; no rank is left either way.
+    """Run the job's ranks to the end (or until `hear` raises `Enough`), or raise what went wrong; no rank is left either way.
 
     With several machines a failure that may pass starts all of them again, from the last checkpoint, as often as `nodes.least` allows one to be missing.
 
@@ -103,6 +107,8 @@ def _run(job: Job, work: Path, gpus: list[str] | None, hear: Callable[[dict[str,
             if not Path(job.tokens).exists():
                 render()
             ranks.wait()
+        except Enough:
+            return
         except BaseException:
             for child in ranks.children:
                 if said := child.last_lines():

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ftpipe.stages.base import StageContext
 
+TIMING = "timing.jsonl"
 TIMED = ("seconds", "tokens_per_second", "memory_bytes")
 """What a step reports that differs from run to run; it goes into the notes, not into `metrics.parquet`."""
 POINTS = 500
@@ -28,12 +30,25 @@ MOVED = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 class Heard:
-    """Passes on what rank 0 reports, and keeps the timing."""
+    """Passes on what rank 0 reports, and keeps the timing of each step in the work folder, where a run that was killed finds it again."""
 
     def __init__(self, ctx: StageContext):
         self.ctx, self.began = ctx, time.monotonic()
         self.startup: float | None = None
-        self.timing: list[dict[str, float]] = []
+        self.file = ctx.work / TIMING
+        self.steps: dict[int, dict[str, float]] = {}
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line cut off by a kill; its step is taken again
+                    self._keep(json.loads(line))
+
+    @property
+    def timing(self) -> list[dict[str, float]]:
+        """The seconds, speed and memory of each step that made the adapter: of one that was taken twice, those of the second time."""
+        return [self.steps[n] for n in sorted(self.steps)]
+
+    def _keep(self, entry: dict[str, float]) -> None:
+        self.steps[int(entry["step"])] = entry
 
     def __call__(self, event: dict[str, Any]) -> None:
         ctx = self.ctx
@@ -46,7 +61,10 @@ class Heard:
         elif event["event"] == "step":
             step, of = int(event["step"]), int(event["of"])
             numbers = {k: float(v) for k, v in event.items() if k not in ("event", "time", "step", "of")}
-            self.timing.append({"step": step} | {k: numbers[k] for k in TIMED})
+            entry = {"step": step} | {k: numbers[k] for k in TIMED}
+            self._keep(entry)
+            with self.file.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
             ctx.listener.metrics(ctx.name, numbers, step)
             ctx.progress(step, of, "steps", loss=numbers["loss"], tokens_per_second=numbers["tokens_per_second"])
             ctx.log.info("step %d/%d  loss %.4f  learning rate %.3g  gradient %.3g  %.0f tokens/s  %.2f GB", step, of, numbers["loss"],
@@ -85,12 +103,14 @@ def finish(stage: Any, ctx: StageContext, job: Job, table: pa.Table, heard: Hear
     ctx.counts |= {"steps": len(steps), "tokens": summary["tokens"], "trained_tokens": summary["trained_tokens"]}
     ctx.meta["trainable"] = told["trainable"]
     moved = verify(stage.model, ctx, job)
-    thin = max(1, math.ceil(len(heard.timing) / POINTS))
+    timing = heard.timing
+    thin = max(1, math.ceil(len(timing) / POINTS))
     ctx.notes |= {"ranks": told["ranks"], "threads": job.threads, "device": job.device, "zero": job.zero, "startup_seconds": heard.startup,
-                  "packing_difference": told["packing_difference"], "probe_difference": moved, "timing": heard.timing[::thin]}
-    if heard.timing:
-        ctx.notes["tokens_per_second"] = median(t["tokens_per_second"] for t in heard.timing)
-        ctx.notes["memory_bytes"] = max(t["memory_bytes"] for t in heard.timing)
+                  "packing_difference": told["packing_difference"], "probe_difference": moved, "timing": timing[::thin]}
+    if timing:
+        ctx.notes["step_seconds"] = sum(t["seconds"] for t in timing)
+        ctx.notes["tokens_per_second"] = median(t["tokens_per_second"] for t in timing)
+        ctx.notes["memory_bytes"] = max(t["memory_bytes"] for t in timing)
 
 
 def _write_metrics(ctx: StageContext, metrics: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from ftpipe.stages.base import Environment
 from tests.tiny import make_tiny_model
 
 NAMES = slots.slots()["decode"].names()
-EXAMPLES = {"proxy_tuning": {"expert": "small", "antiexpert": "other"}}
+EXAMPLES = {"proxy_tuning": {"expert": "small", "antiexpert": "other"}, "contrastive": {"against": "small"}}
 """Settings for the fields that have no default; `small` and `other` are models of the same tokenizer."""
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from ftpipe import slots
+from ftpipe.decode._follower import Follower
 from ftpipe.decode.base import DecodeRun
-from ftpipe.decode.proxy_tuning import Follower, ProxyTuning, Shift
+from ftpipe.decode.contrastive import Contrast, Contrastive
+from ftpipe.decode.proxy_tuning import ProxyTuning, Shift
 from ftpipe.errors import ConfigError
 from ftpipe.models.loading import load_model, load_tokenizer
 from ftpipe.models.service import ModelService
@@ -109,8 +111,8 @@ def test_a_constant_added_to_any_models_logits_changes_no_probability_and_paddin
     tokens, mask = torch.tensor([[1, 5, 9]]), torch.ones(1, 3, dtype=torch.long)
     scores = torch.nn.functional.pad(torch.randn(1, 259), (0, 5), value=1e3)
     with torch.inference_mode():
-        plain = Shift(expert, anti, mask, 1.0, 259)(tokens, scores[:, :259])
-        moved = Shift(Moved(expert, 3.0), Moved(anti, -2.0), mask, 1.0, 259)(tokens, scores + 7)
+        plain = Shift(Follower(expert, mask), Follower(anti, mask), 1.0, 259)(tokens, scores[:, :259])
+        moved = Shift(Follower(Moved(expert, 3.0), mask), Follower(Moved(anti, -2.0), mask), 1.0, 259)(tokens, scores + 7)
     torch.testing.assert_close(torch.softmax(moved, -1)[:, :259], torch.softmax(plain, -1), atol=1e-5, rtol=1e-4)
     assert torch.isneginf(moved[:, 259:]).all()
 
@@ -131,3 +133,65 @@ def test_what_it_needs_is_said(service, env, prompts):
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match="another tokenizer"):
         steer(service, env, prompts, expert="stranger", antiexpert="small")
+
+
+def test_the_contrast_is_the_ratio_of_probabilities_among_the_plausible_tokens():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05 - 1e-6, 1e-6]]).log()
+    q = torch.tensor([[0.5, 0.1, 0.3, 0.1 - 1e-9, 1e-9]]).log()
+
+    class Said:
+        def logits(self, ids):
+            return torch.nn.functional.pad(q + 5, (0, 2), value=1e3)
+
+    scores = torch.nn.functional.pad(p - 3, (0, 2), value=1e3)
+    found = torch.softmax(Contrast(Said(), 1.0, 0.2, 5)(None, scores), -1)
+    ratio = torch.tensor([1.0, 3.0, 0.5])
+    torch.testing.assert_close(found, torch.nn.functional.pad(ratio / ratio.sum(), (0, 4))[None], atol=1e-5, rtol=1e-4)
+    assert Contrast(Said(), 1.0, 0.0, 5)(None, scores).argmax() == 4, "without the bound the unlikeliest token wins"
+    plain = torch.softmax(Contrast(Said(), 0.0, 0.0, 5)(None, scores), -1)
+    torch.testing.assert_close(plain[:, :5], p.exp(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_against_itself_finds_nothing_new(service, env, prompts):
+    run = DecodeRun(service, env, torch.tensor([prompts[0]]), torch.ones(1, len(prompts[0]), dtype=torch.long))
+    with torch.inference_mode():
+        contrast, = Contrastive(against="base", plausible=0.0).processors(run)
+        found = contrast(run.input_ids, service.model(run.input_ids).logits[:, -1])
+    torch.testing.assert_close(found, torch.zeros_like(found), atol=1e-5, rtol=0)
+
+
+def tuned(env, name: str, words: list[str]) -> str:
+    """A model of the base's tokenizer whose every weight was trained to answer with one of these words."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(env.base / "base")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "say"}], add_generation_prompt=True, return_dict=False)
+    rows = [[*asked, *tokenizer.encode(w, add_special_tokens=False), tokenizer.eos_token_id] for w in words]
+    assert len({*map(len, rows)}) == 1
+    tokens = torch.tensor(rows)
+    labels = torch.where(torch.arange(tokens.shape[1]) < len(asked), -100, tokens)
+    model = AutoModelForCausalLM.from_pretrained(env.base / "base", dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(env.base / name)
+    tokenizer.save_pretrained(env.base / name)
+    return name
+
+
+def test_what_was_new_in_the_data_is_said_more_often_than_by_the_tuned_model(env):
+    """Two of 40 answers are new to the model that was tuned on the others."""
+    known = [w for w in ("list", "file", "path", "sort") for _ in range(10)]
+    base, mixed = tuned(env, "common", known), tuned(env, "mixed", [*known[:19], *known[20:39], "zebu", "zebu"])
+    model = ModelService(load_model(mixed, env, dtype="float32", device="cpu"), load_tokenizer(mixed, env))
+    prompt = model.renderer.prompt([{"role": "user", "content": "say"}])
+
+    def said(**how) -> list[str]:
+        return [a.text for a in model.generate([prompt] * 60, max_new_tokens=6, seed=1, env=env, batch_size=60, **how)]
+
+    plain, steered = said(temperature=1.0), said(decoder=Contrastive(against=base, plausible=0.02))
+    assert len(set(plain) & set(known)) == 4 and plain.count("zebu") < 10, "the tuned model says it about as often as its data"
+    assert steered.count("zebu") > 40
+    assert set(said(decoder=Contrastive(against=base, plausible=0.02, temperature=0))) == {"zebu"}

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ftpipe import slots
 from ftpipe.cli.compare import parsed
 from ftpipe.errors import ConfigError
 from ftpipe.pipeline import spec, studies
+from ftpipe.stages.study import Budget
 from tests.e2e.chain import make_project
 
 
@@ -62,6 +64,35 @@ def test_a_comparison_changes_what_the_arms_say(config):
     base, dft, small = (pipeline.stages[f"compare_{arm}_3"] for arm in ("lora", "dft", "small"))
     assert base.key_fields() == pipeline.stages["adapter"].key_fields()
     assert dft.objective.name() == "dft" and small.adapt.r == 2 and small.learning_rate == 0.01 and small.rows == base.rows
+
+
+def test_equal_seconds_take_the_place_of_the_stages_end(config):
+    data = studies.compare(config, "adapter", {"lora": {}, "dft": {"objective": "dft"}}, seconds=90)
+    out = config.with_name("seconds.yaml")
+    studies.write(data, out, config, what="comparison", command="ftpipe compare")
+    pipeline = spec.load(out)
+    trained = [pipeline.stages[f"compare_{arm}_3"] for arm in ("lora", "dft")]
+    assert [(t.seconds, t.epochs, t.steps, t.tokens) for t in trained] == [(90, None, None, None)] * 2
+    assert pipeline.stages["compare_study"].budget == Budget(seconds=90)
+    with pytest.raises(ConfigError, match="arm b sets steps, and all arms are to train for 90 seconds"):
+        studies.compare(config, "adapter", {"a": {}, "b": {"steps": 3}}, seconds=90)
+
+
+def test_equal_parameters_choose_each_arms_size(config):
+    """16 of rank 1 are 2 x 512 x 16; AdaLoRA has one number more for each rank of each of the 14 matrices."""
+    arms = dict(map(parsed, ["lora=", "adalora={adapt: adalora}", "bits={adapt: {bitfit: {missing: add}}}"]))
+    data = studies.compare(config, "adapter", arms, parameters=10_000, seconds=5, seeds=2)
+    out = config.with_name("parameters.yaml")
+    studies.write(data, out, config, what="comparison", command="ftpipe compare")
+    pipeline = spec.load(out)
+    for seed in (3, 4):
+        lora, adalora, bits = (pipeline.stages[f"compare_{arm}_{seed}"].adapt for arm in arms)
+        assert (lora.r, adalora.init_r, bits) == (10, 10, slots.parse("train/adapt", {"bitfit": {"missing": "add"}}))
+    assert pipeline.stages["compare_study"].budget.model_dump() == {"seconds": 5, "parameters": 10_000, "sizes": {
+        "lora": f"r 10, alpha 20: {10 * 2 * 512:,} parameters", "adalora": f"target_r 7, init_r 10, alpha 26.6667: {10 * (2 * 512 + 14):,} parameters",
+        "bits": "no setting for its size: 512 parameters"}}
+    with pytest.raises(ConfigError, match=r"arm lora: .*loraa"):
+        studies.compare(config, "adapter", {"lora": {"adapt": "loraa"}}, parameters=10)
 
 
 @pytest.mark.parametrize("call, said", [

@@ -72,7 +72,7 @@ def _study(artifact: Artifact, name: str) -> dict[str, Any]:
     suites = list(dict.fromkeys((m["suite"], m["metric"]) for m in study["means"]))
     return {"name": artifact.name, "seeds": study["seeds"], "legend": [{"name": a, "colour": c} for a, c in colours.items()],
             "suites": [_suite(study, *key, f"{name}-{i}") for i, key in enumerate(suites)],
-            "costs": _costs(study, costs), "plots": _plots(study, costs, colours, name)}
+            "budget": _budget(study, costs), "costs": _costs(study, costs), "plots": _plots(study, costs, colours, name)}
 
 
 def _suite(study: dict[str, Any], suite: str, metric: str, name: str) -> dict[str, Any]:
@@ -109,6 +109,32 @@ def _cell(c: dict[str, Any] | None, digits: int) -> dict[str, str]:
             "tone": {"better": "good", "worse": "bad"}.get(in_words(c), "none")}
 
 
+def _budget(study: dict[str, Any], costs: dict[str, Any]) -> list[str]:
+    """What the arms were to get alike and what they got, in sentences."""
+    asked, arms = study.get("budget") or {}, {arm: told for arm, told in study["arms"].items() if told["steps"]}
+    if not arms:
+        return []
+    said, taken = [], {s for told in arms.values() for s in told["steps"]}
+    if wanted := asked.get("seconds"):
+        used = {arm: costs.get(arm, {}).get("step_seconds") for arm in arms}
+        each = ", ".join(f"{arm} {seconds(s)} ({percent(s / wanted, 0)})" for arm, s in used.items() if s is not None)
+        said.append(f"Budget: {seconds(wanted)} of steps for each arm on the machine that trained it; how many steps those are was found by a trial before. "
+                    f"Used: {each}.")
+    elif len(taken) == 1:
+        said.append(f"Budget: equal steps, {count(next(iter(taken)))} for each arm.")
+    else:
+        said.append(f"The arms did not take as many steps as each other: {count(min(taken))} to {count(max(taken))}.")
+    if wanted := asked.get("parameters"):
+        each = "; ".join(f"{arm}: {note}" + (f", and {_range(arms[arm]['trainable'])} when it trained" if arm in arms else "")
+                         for arm, note in asked.get("sizes", {}).items())
+        said.append(f"Budget: sizes that train as near as possible to {count(wanted)} parameters. {each}.")
+    if known := {arm: told["same_rows"] for arm, told in arms.items() if told.get("same_rows") is not None}:
+        others = [arm for arm, same in known.items() if not same]
+        said.append(f"{', '.join(others)} saw other rows than {study['first']}, or in another order." if others else
+                    "All arms saw the same rows in the same order, as far as their steps went.")
+    return said
+
+
 def _costs(study: dict[str, Any], costs: dict[str, Any]) -> list[dict[str, Any]]:
     """A line for each arm: what it trained on and what that took."""
     found = []
@@ -117,7 +143,7 @@ def _costs(study: dict[str, Any], costs: dict[str, Any]) -> list[dict[str, Any]]
         chosen = cost.get("selection") or {}
         spent = chosen.get("scored_tokens", 0) + chosen.get("trained_tokens", 0)
         found.append({"arm": arm, "values": [*(_range(told[name]) for name in ("rows", "tokens", "steps", "trainable")), seconds(cost.get("seconds")),
-                                             size(cost.get("memory_bytes")), size(cost.get("file_bytes")),
+                                             seconds(cost.get("step_seconds")), size(cost.get("memory_bytes")), size(cost.get("file_bytes")),
                                              f"{seconds(chosen['seconds'])}, {count(spent)} tokens" if chosen.get("seconds") else NONE]})
     return found
 

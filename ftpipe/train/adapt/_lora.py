@@ -8,6 +8,8 @@ from pydantic import Field
 
 from ftpipe.errors import ConfigError
 from ftpipe.train.adapt._peft import PeftAdapt
+from ftpipe.train.adapt.base import Adapt
+from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,14 @@ class LoraFamily(PeftAdapt):
                                             "`all-linear` for every linear layer but the output layer.")
     layers: list[int] | None = Field(default=None, description="Numbers of the transformer layers to adapt, from 0; all if not set.")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r), so that a higher rank does not learn more slowly.")
+
+    def sized(self, size: int) -> Adapt:
+        # What multiplies B A stays as it is: a rank chosen to save parameters is not to change how fast the adapter learns.
+        scale = self.alpha and self.alpha * ((size / self.r) ** 0.5 if self.rslora else size / self.r)
+        return self.with_fields(r=size, alpha=scale)
+
+    def outline(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        return PeftAdapt.prepare(self, model, run)
 
     def config(self) -> LoraConfig:
         return self.lora_config()

@@ -57,14 +57,18 @@ class MovedLora(LoraFamily):
     def config(self) -> LoraConfig:
         return self.lora_config(lora_alpha=self.alpha or self.r)
 
-    def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-        wrapped = super().prepare(model, run)
-        layers = lora_layers(wrapped, self.name())
-        for name, layer in layers.items():
+    def outline(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        wrapped = super().outline(model, run)
+        for name, layer in lora_layers(wrapped, self.name()).items():
             most = min(layer.in_features, layer.out_features)
             if self.r > most:
                 raise ConfigError(f"{name} has rank {most} at most, so that {self.name()} cannot take a part of rank {self.r} out of it",
                                   remedy=f"set r to {most} or less, or leave it out of target_modules")
+        return wrapped
+
+    def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        wrapped = self.outline(model, run)
+        layers = lora_layers(wrapped, self.name())
         if not self._kept(run):
             for name, a, b in self.starts(wrapped, layers, run):
                 root = math.sqrt(layers[name].scaling["default"])

@@ -17,6 +17,7 @@ from ftpipe.errors import ConfigError
 from ftpipe.slots import Method
 from ftpipe.train.adapt import _peft_source as source
 from ftpipe.train.adapt._peft import PeftAdapt
+from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ PAPERS = {
 """Exact titles. `prefix_tuning` is the first with `prefix_projection`, the second without; `miss` is Bone with `init_weights: bat`."""
 
 
+SIZES = ("r", "n_frequency", "num_virtual_tokens")
+"""The settings by which PEFT's tuners say how much trains, where they have one."""
+NOT_SIZES = {"oft", "randlora", "tinylora", "unilora"}
+"""Tuners whose `r` says something else: with a larger one as many parameters train, or fewer."""
+
+
 class PeftTuner(PeftAdapt):
     """A tuner of PEFT with PEFT's own settings."""
 
@@ -57,6 +64,10 @@ class PeftTuner(PeftAdapt):
             if getattr(self, name, 1) not in (1, None):
                 raise ValueError(f"{name} must be 1: rows carry no number of their task, so all of them are one")
         return self
+
+    def sized(self, size: int) -> Adapt | None:
+        name = next((n for n in SIZES if n in type(self).model_fields and self.name() not in NOT_SIZES), None)
+        return self.with_fields(**{name: size}) if name else None
 
     def config(self) -> PeftConfig:
         import peft

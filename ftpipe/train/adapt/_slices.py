@@ -35,8 +35,8 @@ def attach(layer: torch.nn.Linear, kind: str, numbers: Sequence[int], places: Se
     layer.register_parameter(kind, torch.nn.Parameter(torch.zeros(shape, device=weight.device)))
     layer.register_buffer("slice_at", at, persistent=False)
     layer.slice_numbers, layer.slice_on = list(numbers), True
-    first, last = int(at[0]), int(at[-1]) + 1
-    together = at.tolist() == list(range(first, last))
+    first, last = places[0], places[-1] + 1
+    together = list(places) == list(range(first, last))
 
     def add(module: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
         if not module.slice_on:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ftpipe.errors import ConfigError
 from ftpipe.train.adapt._peft import PeftAdapt
+from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.run import Run
 
 if TYPE_CHECKING:
@@ -45,6 +46,18 @@ class Adalora(PeftAdapt):
     beta2: float = Field(default=0.85, gt=0, lt=1, description="Smoothing of the uncertainty.")
     orthogonality: float = Field(default=0.5, ge=0, description="Weight of the penalty that keeps P and Q orthonormal.")
     bias: Literal["none"] = Field(default="none", description="Biases do not train.")
+
+    def sized(self, size: int) -> Adapt:
+        # The rank it starts with is what trains; the share of it that is left at the end stays about the same.
+        left = max(1, min(size - 1, round(size * self.target_r / self.init_r)))
+        return self.with_fields(init_r=size, target_r=left, alpha=self.alpha * size / self.init_r)
+
+    def outline(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        wrapped = super().outline(model, run)
+        for name, parameter in wrapped.named_parameters():
+            if "ranknum" in name:  # on the meta device PEFT makes it new, as if it trained
+                parameter.requires_grad_(False)
+        return wrapped
 
     def config(self) -> PeftConfig:
         from peft import AdaLoraConfig

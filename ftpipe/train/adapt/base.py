@@ -46,6 +46,20 @@ class Adapt(Method):
         """The stage whose rows `run.calibration` shows to `prepare`; None for those of training."""
         return None
 
+    def sized(self, size: int) -> Adapt | None:
+        """The method with another size, which is 1 or more, where one of its settings says how much trains (a rank, a width): more trains with a larger size.
+        None if there is no such setting. Raises ValueError for a size that the setting cannot have."""
+        return None
+
+    def with_fields(self, **fields: Any) -> Adapt:
+        """The method with other values of some fields, checked as those of the YAML are."""
+        return type(self)(**(self.model_dump() | fields))
+
+    def outline(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        """What `prepare` makes, in names and shapes alone: `model` may be on the meta device, and there are no rows to look at. A method whose `prepare` reads
+        weights or rows writes this too, if what trains can be told without them."""
+        return self.prepare(model, run)
+
     @abstractmethod
     def prepare(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
         """The model to train, from a base model whose parameters are all frozen and in `run.dtype`.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from ftpipe.train.adapt._inserted import Activation, InsertedAdapt, after, blocks, bottleneck, copy_norms, insert
+from ftpipe.train.adapt.base import Adapt
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,9 @@ class Bottleneck(InsertedAdapt):
     activation: Activation = Field(default="gelu", description="Function between the two weights.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the bottleneck that is dropped during training.")
     norms: bool = Field(default=True, description="Train copies of all normalisation layers, as the paper does; they belong to the adapter.")
+
+    def sized(self, size: int) -> Adapt:
+        return self.with_fields(size=size)
 
     def install(self, model: torch.nn.Module, generator: torch.Generator | None) -> None:
         from torch.nn.init import trunc_normal_

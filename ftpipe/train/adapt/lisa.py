@@ -9,6 +9,7 @@ from pydantic import Field
 from ftpipe.errors import ConfigError
 from ftpipe.train.adapt._blocks import by_block
 from ftpipe.train.adapt._weights import WeightsAdapt
+from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.run import Change, Run, derive_seed
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Lisa(WeightsAdapt):
     every: int = Field(default=20, ge=1, description="Optimizer steps between draws (K).")
     forget_shared: bool = Field(default=False, description="Start the optimizer state of embedding, last norm and head anew at each draw too, as the paper's "
                                 "own runs did by saving and loading the model.")
+
+    def sized(self, size: int) -> Adapt:
+        return self.with_fields(active=size)
 
     def drawn(self, layers: int, seed: int, period: int) -> list[int]:
         """Numbers of the layers that train in a period, ascending: a function of the seed and the period alone."""

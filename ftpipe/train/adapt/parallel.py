@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ftpipe.train.adapt._inserted import Activation, InsertedAdapt, beside, blocks, bottleneck, insert
+from ftpipe.train.adapt.base import Adapt
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,9 @@ class Parallel(InsertedAdapt):
     scale: float = Field(default=4.0, ge=0, description="s, the factor of what is added.")
     activation: Activation = Field(default="relu", description="Function between the two weights.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the bottleneck that is dropped during training.")
+
+    def sized(self, size: int) -> Adapt:
+        return self.with_fields(size=size)
 
     def install(self, model: torch.nn.Module, generator: torch.Generator | None) -> None:
         from torch.nn.init import kaiming_uniform_

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ftpipe.errors import ConfigError
 from ftpipe.train.adapt._blocks import blocks
 from ftpipe.train.adapt._weights import WeightsAdapt, write
+from ftpipe.train.adapt.base import Adapt
 from ftpipe.train.run import Run, derive_seed
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ class S2ft(WeightsAdapt):
         if not (self.down or self.output or self.up or self.value):
             raise ValueError("down, output, up and value are all 0, so nothing would train")
         return self
+
+    def sized(self, size: int) -> Adapt:
+        """All shares that are set, in the same proportion; the largest is `size` ten-thousandths."""
+        kinds = ("down", "output", "up", "value")
+        largest = max(getattr(self, kind) for kind in kinds)
+        return self.with_fields(**{kind: getattr(self, kind) / largest * size / 10_000 for kind in kinds})
+
+    def outline(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        return self.with_fields(permute=False).prepare(model, run)  # the order of frozen weights is no matter of shapes
 
     def drawn(self, kind: str, units: int, layers: int, seed: int) -> list[list[int]]:
         """For each layer the chosen channels or heads of a kind (`down`, `output`, `up`, `value`), ascending."""
