@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log:
             mine = held.enter_context(claimed(job.world, visible(devices()), log))
         for spare in range(nodes.count - (nodes.least or nodes.count) if nodes else 0, -1, -1):
             try:
-                return _run(job, work, mine, hear, log, render, nodes)
+                return _run(job, work, mine, hear, log, render, nodes, share)
             except InfrastructureError as error:
                 if not spare:
                     raise
@@ -81,14 +81,14 @@ def launch(job: Job, work: Path, *, hear: Callable[[dict[str, Any]], None], log:
 
 
 def _run(job: Job, work: Path, gpus: list[str] | None, hear: Callable[[dict[str, Any]], None], log: Callable[[str], None], render: Callable[[], None],
-         nodes: meeting.Nodes | None) -> None:
+         nodes: meeting.Nodes | None, share: bool) -> None:
     Path(job.checkpoints).mkdir(parents=True, exist_ok=True)
     for old in work.glob("start-*"):
         shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="start-", dir=work))
     ranks = job.world
-    job = _settle(job, folder, work, nodes, log) if nodes else replace(job, rendezvous=str(folder / "rendezvous"))
-    meeting.write(folder / "job.json", asdict(job))
+    job = _settle(job, folder, work, nodes, share, log) if nodes else replace(job, rendezvous=str(folder / "rendezvous"))
+    job.write(folder / "job.json")
     elsewhere = {f"node {meeting.named(n)}": folder / f"node{i}.jsonl" for i, n in enumerate(job.nodes) if i}
     began = time.monotonic()
 
@@ -124,16 +124,16 @@ def rank_command(rank: int, job: Path) -> list[str]:
     return [sys.executable, "-m", RANK, str(job)]
 
 
-def _settle(job: Job, folder: Path, work: Path, nodes: meeting.Nodes, log: Callable[[str], None]) -> Job:
+def _settle(job: Job, folder: Path, work: Path, nodes: meeting.Nodes, share: bool, log: Callable[[str], None]) -> Job:
     """The job with the machines that came; that of this machine alone if none did and none has to."""
-    with meeting.offered(nodes, folder, Path(job.workspace), work.name, job.world, job.device) as offer:
+    with meeting.offered(nodes, folder, Path(job.workspace), work.name, ranks=job.world, device=job.device, share_devices=share) as offer:
         came = meeting.gathered(nodes, folder, log)
         if not came:
             return replace(job, rendezvous=str(folder / "rendezvous"))
         own = {"id": "", "name": socket.gethostname(), "address": offer["address"]}
         settled = replace(job, nodes=[own, *came], world=job.world * (1 + len(came)), silence=nodes.silence, join=nodes.join,
                           rendezvous=f"tcp://{offer['address']}:{offer['port']}")
-        meeting.write(folder / "job.json", asdict(settled))  # before the port is let go, which tells those who wait that the meeting is over
+        settled.write(folder / "job.json")  # before the port is let go, which tells those who wait that the meeting is over
         return settled
 
 

@@ -75,8 +75,12 @@ def here(nodes: Nodes) -> str:
 
 
 @contextmanager
-def offered(nodes: Nodes, folder: Path, workspace: Path, name: str, ranks: int, device: str) -> Iterator[dict[str, Any]]:
-    """Offer work to nodes, for the length of the block, while the port is kept and connections to it are let in. Yields the offer."""
+def offered(nodes: Nodes, folder: Path, workspace: Path, name: str, **wanted: Any) -> Iterator[dict[str, Any]]:
+    """Offer work to nodes, for the length of the block, while the port is kept and connections to it are let in. Yields the offer.
+
+    Args:
+        folder: of this start. name: of the offer. wanted: what each node has to know: ranks, device, share_devices.
+    """
     address = here(nodes)
     offers = workspace / FOLDER
     offers.mkdir(parents=True, exist_ok=True)
@@ -86,8 +90,8 @@ def offered(nodes: Nodes, folder: Path, workspace: Path, name: str, ranks: int, 
     except OSError as error:
         raise InfrastructureError(f"port {nodes.port} cannot be used: {error.strerror}", where="nodes", remedy="set another `nodes: {port: ...}`") from error
     with door:
-        offer = {"folder": str(folder), "workspace": str(workspace), "address": address, "port": door.getsockname()[1], "ranks": ranks, "device": device,
-                 "join": nodes.join, "versions": versions()}
+        offer = {"folder": str(folder), "workspace": str(workspace), "address": address, "port": door.getsockname()[1],
+                 "join": nodes.join, "versions": versions(), **wanted}
         try:
             write(path, offer)
             yield offer

@@ -44,8 +44,14 @@ def serve(workspace: Path, name: str, log: Callable[[str], None], *, rounds: int
                 offer = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue  # withdrawn a moment ago
-            if offer["folder"] not in seen and _attend(offer, path, workspace, name, seen, log) and rounds is not None:
-                rounds -= 1
+            if offer["folder"] in seen:
+                continue
+            try:
+                if _attend(offer, path, workspace, name, seen, log) and rounds is not None:
+                    rounds -= 1
+            except Exception as error:  # one training that cannot be taken part in is no reason to leave the next ones
+                seen.add(offer["folder"])
+                log(f"could not take part in a training: {type(error).__name__}: {error}")
         time.sleep(POLL)
 
 
@@ -59,7 +65,8 @@ def _attend(offer: dict[str, Any], path: Path, workspace: Path, name: str, seen:
             meeting.write(folder / f"refused-{id}.json", {"name": name, "reason": why})
         return False
     with ExitStack() as held:
-        gpus = held.enter_context(claimed(offer["ranks"], visible(launch.devices()), log)) if offer["device"] == "cuda" else None
+        alone = offer["device"] == "cuda" and not offer["share_devices"]
+        gpus = held.enter_context(claimed(offer["ranks"], visible(launch.devices()), log)) if alone else None
         try:
             door = held.enter_context(socket.create_connection((offer["address"], offer["port"]), timeout=5))
         except OSError as error:

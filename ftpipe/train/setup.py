@@ -11,18 +11,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftpipe import slots
 from ftpipe.errors import TrainingError
 from ftpipe.stages.base import Environment
+from ftpipe.train import meeting
 from ftpipe.train.batches import Plan, calibration
 from ftpipe.train.lifeline import Reporter
 from ftpipe.train.objective.base import Example
 from ftpipe.train.run import Batch, Run, derive_seed
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ class Job:
     join: float = 600.0
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        """Write it so that a reader, who may wait for it on another machine, sees all of it or nothing."""
+        meeting.write(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -117,11 +116,11 @@ def process_group(job: Job, report: Reporter | None = None):
     if job.nodes:
         from ftpipe.train.watch import Watch, store
 
-        meeting, ranks = store(job, rank()), job.world // len(job.nodes)
+        shared, ranks = store(job, rank()), job.world // len(job.nodes)
         if rank() % ranks == 0:
             watch = Watch(job, rank() // ranks, report or Reporter())
             watch.start()
-        dist.init_process_group(backend, store=meeting, rank=rank(), world_size=job.world, timeout=timeout)
+        dist.init_process_group(backend, store=shared, rank=rank(), world_size=job.world, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method=f"file://{job.rendezvous}", rank=rank(), world_size=job.world, timeout=timeout)
     deepspeed = import_deepspeed(job.device)
