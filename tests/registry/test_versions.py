@@ -37,7 +37,7 @@ def test_one_flipped_bit_is_found_in_any_file_of_a_version(env: Environment):
         places = range(len(whole)) if path in of_all else {0, len(whole) - 1, *range(0, len(whole), 1 + len(whole) // 8)}
         for at in places:
             flip(path, at)
-            found = versions.verify(env, "demo", 1)
+            found = ledger.problems(env, "demo") if path in of_all and at % 50 else versions.verify(env, "demo", 1)
             assert any(path.name in problem for problem in found), f"byte {at} of {path.name}"
             if path in mine and at == 0:
                 with pytest.raises(ArtifactError, match="was altered"):
