@@ -14,7 +14,7 @@ from ftpipe.errors import ConfigError
 from ftpipe.models import light
 from ftpipe.models.hashes import cached_digest
 from ftpipe.models.locate import Source, locate, weight_files
-from ftpipe.models.memory import keep_freed_memory
+from ftpipe.models.memory import keep_freed_memory, remember_few_shapes
 from ftpipe.stages.base import Environment
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def load_model(model: str, env: Environment, *, dtype: DType = "bfloat16", devic
     """
     import torch
 
+    remember_few_shapes()
     light.load("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
 
