@@ -18,7 +18,7 @@ from ftpipe.stages.base import Environment
 
 TRANSFORMERS = ("fastapi", "uvicorn", "openai")
 """What `transformers serve` imports beside transformers."""
-REMEDY = "`pip install openai` beside ftpipe for the server of transformers, or install vLLM"
+REMEDY = "`pip install 'ftpipe[endpoint]'` for the server of transformers, or install vLLM"
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
          "PYTHONSAFEPATH": "1"}
 """The server has its model in a folder and asks nobody for anything. It is started in that folder's parent, which is no place to import from."""
