@@ -33,7 +33,8 @@ quickstart: setup
 
 # Files of tests run side by side, one for each processor. The extras' libraries are only here: where bitsandbytes is installed, PEFT imports it in every rank.
 test: setup
-	@$(BIN)/python -c 'import bitsandbytes, openai, psycopg2, ray' 2> /dev/null || $(PIP) --no-deps -r requirements-test.lock
+	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(None in map(i.find_spec, ("bitsandbytes", "openai", "psycopg2", "ray")))' \
+		|| $(PIP) --no-deps -r requirements-test.lock
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup

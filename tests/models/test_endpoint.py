@@ -30,7 +30,7 @@ def test_vllm_goes_first_and_what_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(endpoint, "find_spec", lambda name: None if name == "openai" else object())
-    with pytest.raises(ConfigError, match=r"(?s)no server.* is installed.*pip install 'ftpipe\\[endpoint\\]'"):
+    with pytest.raises(ConfigError, match=r"(?s)no server.* is installed.*pip install 'ftpipe\[endpoint\]'"):
         endpoint.command("m", "127.0.0.1", 8000)
     monkeypatch.setattr(endpoint, "find_spec", lambda name: object())
     assert endpoint.command("m", "::1", 81)[1:] == ["-m", "transformers.cli.transformers", "serve", "m", "--host", "::1", "--port", "81"]
