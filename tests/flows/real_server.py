@@ -93,8 +93,9 @@ class Server:
 
     def start(self) -> None:
         with (self.home / "server.out").open("ab") as out:
+            env = environment(self.home, {"PREFECT_UI_API_URL": self.api.url} | self.extra)
             self.process = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", str(self.port)], stdout=out,
-                                            env=environment(self.home, self.extra), stderr=subprocess.STDOUT, start_new_session=True)
+                                            env=env, stderr=subprocess.STDOUT, start_new_session=True)
         wait_for(lambda: self.process.poll() is not None or _healthy(self.api.url), 120, what="the Prefect server's start")
         assert self.process.poll() is None, (self.home / "server.out").read_text()
 
