@@ -10,6 +10,7 @@ import ast
 import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,10 +37,15 @@ def fingerprint(modules: Iterable[str]) -> dict[str, str]:
 
 @lru_cache
 def _file(module: str) -> Path | None:
+    """A module's source file, found without importing its parents, some of which load torch."""
     try:
-        spec = find_spec(module)
+        spec = find_spec(module.split(".")[0])
     except (ImportError, ValueError):
         return None
+    for end in range(2, len(module.split(".")) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(".".join(module.split(".")[:end]), spec.submodule_search_locations)
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.flows import real_server
@@ -70,10 +75,6 @@ stages:
 """
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-c", "from ftpipe import cli; cli.main()", *words]
-
-
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -83,11 +84,56 @@ def seen(folder: Path) -> dict[str, str]:
     return real_server.environment(folder / "prefect", environment())
 
 
+PRELOADED = ["duckdb", "matplotlib.figure", "mlflow", "pandas", "peft", "pyarrow.parquet", "sklearn.cluster", "torch", "transformers.models.auto.modeling_auto",
+             "transformers.generation", "ftpipe.cli"]
+"""What commands spend most of their time importing here. Not Prefect, which reads its environment when it is imported."""
+
+
+@contextmanager
+def started(folder: Path, *words: str, env: dict[str, str] | None = None) -> Iterator[tuple[multiprocessing.Process, Path]]:
+    """A command of the command line at work in `folder`, and the folder that `out` and `err` are written to.
+
+    It is a process of its own, forked from one that has the libraries already.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as said:
+        process = forks.Process(target=_command, args=(words, str(folder), env or environment(), said))
+        process.start()
+        try:
+            yield process, Path(said)
+        finally:
+            process.kill()
+            process.join()
+
+
 def ftpipe(folder: Path, *words: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command of the command line in `folder`."""
-    done = subprocess.run(command(*words), cwd=folder, env=env or environment(), capture_output=True, text=True, timeout=400)
+    """Run a command of the command line in `folder`; see `started`."""
+    with started(folder, *words, env=env) as (process, said):
+        process.join(400)
+        assert process.exitcode is not None, f"{words} did not end"
+        done = subprocess.CompletedProcess(words, process.exitcode, *((said / name).read_text() for name in ("out", "err")))
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done
+
+
+def _command(words: tuple[str, ...], folder: str, env: dict[str, str], said: str) -> None:
+    """What the process does: it becomes what a new one with this environment would be, and ends as one would."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for name, number in (("out", 1), ("err", 2)):
+        file = os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    sys.argv = ["ftpipe", *words]
+    from ftpipe import cli
+
+    try:
+        cli.main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
 
 
 def last_run(folder: Path) -> dict:
