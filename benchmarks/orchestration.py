@@ -35,7 +35,7 @@ def write(folder: Path, stages: int) -> Path:
     return path
 
 
-PAGES = {"task_runs": "START_TIME_DESC", "flow_runs": "START_TIME_DESC", "artifacts": "CREATED_DESC", "logs": "TIMESTAMP_DESC"}
+PAGES = {"task_runs": "EXPECTED_START_TIME_DESC", "flow_runs": "START_TIME_DESC", "artifacts": "CREATED_DESC", "logs": "TIMESTAMP_DESC"}
 """What the UI's pages of a run ask for, and in which order."""
 
 
@@ -44,6 +44,7 @@ def run(config: Path, env: dict[str, str], *words: str) -> tuple[float, list[flo
     instead (a locked database is a 503)."""
     latencies: list[float] = []
     refused: list[str] = []
+    unanswered: list[str] = []  # since the last answer: the last of them, when the server has ended with the run, do not count
     pages = itertools.cycle(PAGES.items())
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", "from ftpipe.cli import main; main()", "run", config.name, *words], cwd=config.parent, env=env,
@@ -65,9 +66,10 @@ def run(config: Path, env: dict[str, str], *words: str) -> tuple[float, list[flo
             try:
                 urllib.request.urlopen(request, timeout=30).read()
                 latencies.append(time.monotonic() - asked)
+                refused += unanswered
+                unanswered.clear()
             except OSError as error:
-                if process.poll() is None:  # else the server has ended with the run
-                    refused.append(f"{page}: {error}")
+                unanswered.append(f"{page}: {error}")
         time.sleep(0.25)
     seconds = time.monotonic() - began
     listener.join(5)
