@@ -47,17 +47,18 @@ def run(config_path: str | Path, *, only: str | None = None, start: str | None =
 
 
 def serve(config_path: str | Path, *, cron: str | None = None, interval: float | None = None, timezone: str | None = None, name: str | None = None,
-          overrides: dict[str, Any] | None = None, limit: int = 1) -> None:
+          overrides: dict[str, Any] | None = None, limit: int = 1, catch_up: bool = False) -> None:
     """Register a deployment of the pipeline and run it on schedule until interrupted.
 
     Args:
         cron: a cron expression of five fields. interval: seconds between starts. With neither, runs are started from the UI.
         timezone: of the cron expression, such as Europe/Berlin; UTC by default.
         name: the deployment's name; the pipeline's by default. limit: how many runs may be under way at once; further ones wait.
+        catch_up: run at once if the schedule had one or more runs while nobody served; otherwise these are left out.
 
     Raises:
         ConfigError: for a configuration, schedule or time zone that cannot work. InfrastructureError: the Prefect API cannot be reached.
     """
     from flows.serving import serve_flow
 
-    serve_flow(config_path, cron=cron, interval=interval, timezone=timezone, name=name, overrides=overrides, limit=limit)
+    serve_flow(config_path, cron=cron, interval=interval, timezone=timezone, name=name, overrides=overrides, limit=limit, catch_up=catch_up)

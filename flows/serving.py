@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import signal
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ftpipe.pipeline import spec
 
 
 def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | None, timezone: str | None, name: str | None,
-               overrides: dict[str, Any] | None, limit: int) -> None:
+               overrides: dict[str, Any] | None, limit: int, catch_up: bool) -> None:
     """See `flows.serve`. Stopping it pauses the schedule, so that no late runs pile up; serving again takes it up again."""
     if limit < 1:
         raise ConfigError(f"limit is {limit}", where="serve", remedy="at least one run must be allowed")
@@ -31,7 +32,7 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
         from prefect.flows import EntrypointType
 
         from flows.data_to_model import data_to_model
-        from flows.stale import mark_crashed
+        from flows.stale import end_unbegun, mark_crashed
 
         mark_crashed()
         with get_client(sync_client=True) as client:
@@ -44,8 +45,14 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
         with get_client(sync_client=True) as client:
+            late = catch_up and wanted is not None and _was_due(client, id, wanted)
+            end_unbegun(client, id)
             _forget_missed_runs(client, id)
             client.resume_deployment(id)  # stopping the last `ftpipe serve` paused it
+            if late:
+                client.create_flow_run_from_deployment(id)
+        if late:
+            print("a run was missed while nobody served; it is made up for now", flush=True)
         print(f"{pipeline.name} is served {_words(wanted)}; ctrl-C pauses it\n{ui(url)}/deployments/deployment/{id}", flush=True)
         # A script that starts us with `&` leaves SIGINT ignored, and SIGTERM ends the runner by way of it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,6 +78,25 @@ def _runner(name: str, limit: int) -> Any:
             signal.raise_signal(signal.SIGINT)
 
     return InterruptibleRunner(name=name, limit=limit, pause_on_shutdown=True)
+
+
+def _was_due(client: Any, deployment: Any, wanted: Any) -> bool:
+    """Whether the schedule had a run since the last one began; False if there was none yet."""
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    last = client.read_flow_runs(deployment_filter=DeploymentFilter(id={"any_": [deployment]}), flow_run_filter=FlowRunFilter(start_time={"is_null_": False}),
+                                 sort=FlowRunSort.START_TIME_DESC, limit=1)
+    return bool(last) and due_after(wanted, last[0].start_time) <= datetime.now(UTC)
+
+
+def due_after(wanted: Any, moment: datetime) -> datetime:
+    """The first time after `moment` at which a schedule (see `schedule`) has a run."""
+    if wanted.interval:
+        return moment + wanted.interval
+    from prefect.server.schemas.schedules import CronSchedule
+
+    return asyncio.run(CronSchedule(cron=wanted.cron, timezone=wanted.timezone).get_dates(1, start=moment))[0]
 
 
 def _forget_missed_runs(client: Any, deployment: Any) -> None:

@@ -53,3 +53,19 @@ def mark_crashed(*, session: str | None = None) -> int:
             for task_run in client.read_task_runs(task_run_filter=TaskRunFilter(flow_run_id={"any_": [flow_run.id]}, state=unfinished)):
                 client.set_task_run_state(task_run.id, Crashed(message=message), force=True)
     return left
+
+
+def end_unbegun(client: Any, deployment: Any) -> int:
+    """Mark runs of a deployment as crashed that a runner had taken on and not begun when it ended; returns how many.
+
+    They would hold the deployment's only place for ever, and every later run would wait for it.
+    """
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    pending = FlowRunFilter(state={"type": {"any_": [StateType.PENDING]}})
+    left = client.read_flow_runs(deployment_filter=DeploymentFilter(id={"any_": [deployment]}), flow_run_filter=pending, limit=200)
+    for flow_run in left:
+        client.set_flow_run_state(flow_run.id, Crashed(message="`ftpipe serve` ended before this run began."), force=True)
+    return len(left)

@@ -50,6 +50,13 @@ def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tm
         process.terminate()
         assert process.wait(40) == 0
     assert not api.deployment("nightly")["schedules"][0]["active"] or api.deployment("nightly")["paused"]
+    before = len(api.runs(deployment, "COMPLETED"))
+    taken = api.start(deployment)  # a run that a runner took on and did not begin: it holds the deployment's only place
+    assert api.post(f"/flow_runs/{taken}/set_state", {"state": {"type": "PENDING"}})["status"] == "ACCEPT"
+    with serving(config, api, env, "--every", "5", "--catch-up"):
+        wait_for(lambda: [r for r in api.runs(deployment) if not r["auto_scheduled"]], 60, what="the run that makes up for those missed meanwhile")
+        wait_for(lambda: len(api.runs(deployment, "COMPLETED")) > before, 240, what="its end")
+        assert api.run(taken)["state"]["type"] == "CRASHED"
     with serving(config, api, env, "--cron", "0 3 * * *") as (_, again):
         found = api.deployment("nightly")
         assert again == deployment and not found["paused"]

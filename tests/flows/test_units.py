@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from flows.logs import PrefectLog, to_prefect
 from flows.server import _nothing_configured, check
-from flows.serving import schedule
+from flows.serving import due_after, schedule
 from flows.signals import undisturbed_interrupt
 from ftpipe.errors import ConfigError, InfrastructureError
 from tests.flows.real_server import free_port
@@ -71,6 +72,10 @@ def test_schedules():
     nightly = schedule(cron="0 3 * * *", interval=None, timezone="Europe/Berlin")
     assert (nightly.cron, nightly.timezone) == ("0 3 * * *", "Europe/Berlin")
     assert schedule(cron=None, interval=90, timezone=None).interval.total_seconds() == 90
+    last = datetime(2026, 3, 28, 1, 30, tzinfo=UTC)  # 2:30 in Berlin, the day before its clocks go forward
+    assert due_after(nightly, last) == datetime(2026, 3, 28, 2, tzinfo=UTC)
+    assert due_after(nightly, datetime(2026, 3, 28, 12, tzinfo=UTC)) == datetime(2026, 3, 29, 1, tzinfo=UTC)
+    assert due_after(schedule(cron=None, interval=90, timezone=None), last) == last + timedelta(seconds=90)
 
 
 def test_an_api_that_does_not_answer_is_said_with_a_remedy():
