@@ -180,7 +180,7 @@ def test_what_an_earlier_parent_left_is_ended_before_a_new_start_and_nothing_els
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
         record = [{"name": "rank 0", "pid": orphan.pid, "born": born(orphan.pid)},
-                  {"name": "rank 1", "pid": other.pid, "born": born(orphan.pid)}]  # its number was given to another
+                  {"name": "rank 1", "pid": other.pid, "born": born(os.getpid())}]  # its number was given to another
         (tmp_path / "ranks.json").write_text(json.dumps(record))
         assert clean(tmp_path / "ranks.json") == [orphan.pid]
         assert not alive([orphan.pid])
