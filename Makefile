@@ -10,6 +10,9 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BIN    := $(VENV)/bin
 
+# pip is told not to compile what it installs, so each file is compiled when it is first imported: wherever that may not be kept, every process would do it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup quickstart test lint docs lock clean
 .DELETE_ON_ERROR:
 
