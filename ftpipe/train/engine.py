@@ -88,6 +88,7 @@ class Engine:
             # Under ZeRO 3 every parameter has to be whole before it can be spread anew: its type or its place may change.
             values = {n: p.detach().clone() for n, p in everything.items()} if self.run.zero == 3 else {n: self.value(n) for n in self.names}
         self.deepspeed.destroy()
+        self.deepspeed.optimizer = None  # else it takes the parameters from the next engine too, when it is collected
         for name, parameter in everything.items():
             for attribute in [a for a in vars(parameter) if a.startswith("ds_")]:
                 delattr(parameter, attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import pytest
 
 from ftpipe.errors import ConfigError
 from ftpipe.train.adapt.lisa import Lisa
+from ftpipe.train.engine import Engine
 from tests.tiny import make_tiny_model
 from tests.train.small import examples, small_run, steps
 from tests.train.sparse import batches_of, gradients, loaded, moved, saved, stopped_and_resumed, whole
@@ -126,6 +128,29 @@ def test_a_kill_within_a_period_or_before_a_draw_changes_nothing(four, tmp_path,
     resumed, found = stopped_and_resumed(four, tmp_path / "checkpoints", stop, stop + 1, **settings)
     assert found == wanted[stop:]
     assert saved(resumed, tmp_path / "a") == saved(straight, tmp_path / "b")
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_engine_of_an_earlier_period_may_be_collected_at_any_time(four, monkeypatch, zero):
+    """DeepSpeed's engine lets go of its parameters when it is collected, and those that still train belong to the next one by then."""
+    settings = {"zero": zero, "adapt": {"lisa": {"active": 2, "every": 2}}, "seed": SEED}
+
+    def trained():
+        run = small_run(four, **settings)
+        records = steps(run, examples(), 5)
+        return records, whole(run), run.engine.optimizer_state()
+
+    build = Engine.build
+    gc.disable()
+    try:
+        kept = trained()
+        monkeypatch.setattr(Engine, "build", lambda self: (build(self), gc.collect()))
+        collected = trained()
+    finally:
+        gc.enable()
+    assert kept[0] == collected[0]
+    assert all(value.equal(collected[1][name]) for name, value in kept[1].items())
+    assert {n: set(s) for n, s in kept[2].items()} == {n: set(s) for n, s in collected[2].items()} and all(kept[2].values())
 
 
 def test_more_layers_than_there_are_is_refused(four):
