@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ftpipe.report.plots.style import COLOUR, NARROW, SMALL, both, draw, place
+from ftpipe.report.plots.style import COLOUR, NARROW, SMALL, both, draw, name_row, place
 from ftpipe.report.text import brief
 
 HEIGHT, ROW, ROW_NARROW, AXIS, LEFT = 270, 28, 44, 48, 270
@@ -62,11 +62,7 @@ def dots(plot: dict[str, Any], colours: dict[str, str], name: str) -> Markup:
         drop = 0.0 if wide else 0.2
         for y in range(count):
             axes.axhline(y + drop, color=COLOUR["grid"], linewidth=0.8, zorder=0)
-            label = brief(plot["names"][y], 44)
-            if wide:
-                axes.text(-LEFT / (width - LEFT - 16), y, label, transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
-            else:
-                axes.text(0, y - 0.2, label, transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+            name_row(axes, y, brief(plot["names"][y], 44), LEFT / (width - LEFT - 16) if wide else None)
         step = (0.16 if wide else 0.1) if len(colours) > 1 else 0.0  # so that equal values do not hide each other
         for n, (series, role) in enumerate(colours.items()):
             aside = drop + step * (n - (len(colours) - 1) / 2)

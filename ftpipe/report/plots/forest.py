@@ -6,9 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ftpipe.report.plots.style import COLOUR, NARROW, both, place
+from ftpipe.report.plots.style import COLOUR, NARROW, both, name_row, place
 
-ROW, ROW_NARROW, AXIS = 34, 44, 48
+ROW, ROW_NARROW, AXIS, LEFT = 34, 44, 48, 270
 
 
 def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> Markup:
@@ -24,7 +24,7 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
 
     def paint(figure: Any, width: int) -> None:
         wide = width > NARROW
-        axes = place(figure, width, height(width), left=270 if wide else 10, right=16, top=4, bottom=AXIS)
+        axes = place(figure, width, height(width), left=LEFT if wide else 10, right=16, top=4, bottom=AXIS)
         ends = [0.0] + [v for e in entries for v in (e["low"], e["high"], e["difference"]) if v is not None]
         pad = 0.08 * ((max(ends) - min(ends)) or 1)
         axes.set_xlim(min(ends) - pad, max(ends) + pad)
@@ -40,10 +40,7 @@ def forest(entries: list[dict[str, Any]], name: str, label: str, unit: str) -> M
             span = [end if value is None else value for value, end in zip((e["low"], e["high"]), axes.get_xlim())]
             axes.plot(span, [at, at], color=colour, linewidth=2.2)
             axes.plot([e["difference"]], [at], marker="o", markersize=6, color=colour, markeredgecolor=COLOUR["surface"], markeredgewidth=1)
-            if wide:
-                axes.text(-270 / (width - 286), y, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
-            else:
-                axes.text(0, y - 0.2, e["label"], transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"])
+            name_row(axes, y, e["label"], LEFT / (width - LEFT - 16) if wide else None)
         axes.set_xlabel(unit)
 
     return both(paint, height, name, label)

@@ -74,6 +74,13 @@ def place(figure: Any, width: int, height: int, *, left: float = 44, right: floa
     return figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
 
+def name_row(axes: Any, y: float, text: str, margin: float | None) -> None:
+    """Write the name of row `y`: at the left of a margin so many times as wide as the axes, or, without one, above its line, hiding what is behind."""
+    ground = None if margin else {"facecolor": COLOUR["surface"], "edgecolor": "none", "pad": 1.5}
+    axes.text(-margin if margin else 0, y if margin else y - 0.2, text, transform=axes.get_yaxis_transform(), va="center", ha="left", color=COLOUR["ink"],
+              bbox=ground)
+
+
 def thousands(axis: Any) -> None:
     """Whole numbers with separators on an axis."""
     from matplotlib.ticker import FuncFormatter
