@@ -133,6 +133,18 @@ def test_an_adapter_learns_the_same_under_every_zero_stage_it_names(name, model,
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", NAMES["adapt"])
+def test_an_adapter_trains_in_bfloat16_with_the_kernels_as_without(name, model):
+    from ftpipe.models import kernels
+
+    plain, fast = (small_run(model, adapt=adapt(name), dtype="bfloat16") for _ in range(2))
+    assert kernels.install(fast.model)["attention"]
+    wanted, found = (steps(run, examples(), 3, rate=1e-3) for run in (plain, fast))
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in wanted], abs=0.02)
+    assert [r["grad_norm"] for r in found] == pytest.approx([r["grad_norm"] for r in wanted], rel=0.1)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", NAMES["adapt"])
 def test_preparing_twice_gives_the_same_and_says_how_to_undo(name, model):
     import torch
 

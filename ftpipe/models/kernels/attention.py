@@ -44,7 +44,10 @@ def forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, 
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return PackedAttention.apply(query[0], key[0], value[0], lengths, scale).transpose(0, 1)[None], None
+    if torch.is_autocast_enabled("cpu"):  # as torch's attention does; the backward pass, to which autocast does not reach, finds one type
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+    with torch.autocast("cpu", enabled=False):
+        return PackedAttention.apply(query[0], key[0], value[0], lengths, scale).transpose(0, 1)[None], None
 
 
 def _lengths(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, position_ids: Tensor | None,
