@@ -1,18 +1,26 @@
-"""Processes: children that do not outlive the one that started them, even if that one is killed with -9, and which process a number stood for."""
+"""Processes: children that do not outlive the one that started them, even if that one is killed with -9; which process a number stood for; how to end one
+with all that it started."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ORPHANED = 86
 """Exit status of a child whose parent is gone."""
 PR_SET_PDEATHSIG = 1
+GRACE, POLL = 5.0, 0.05
+"""Seconds between SIGTERM and SIGKILL, and between two looks."""
 
 
 def die_with(parent: int) -> None:
@@ -60,6 +68,106 @@ def lives(pid: int, birth: str | None) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """End processes and everything they started: SIGTERM, then SIGKILL. Returns the ids of those that are alive even so."""
+    import psutil
+
+    living = _family(processes)
+    for process in living:
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while living and time.monotonic() < deadline:
+        for p in processes:
+            p.poll()
+        living = [p for p in living if _alive(p)]
+        time.sleep(POLL)
+    family = {p.pid: p for p in [*living, *_family(processes)] if _alive(p)}
+    for process in family.values():
+        _signal(process, signal.SIGKILL)
+    for p in processes:
+        with suppress(subprocess.TimeoutExpired):
+            p.wait(GRACE)
+    psutil.wait_procs(list(family.values()), timeout=GRACE)
+    return [p.pid for p in family.values() if _alive(p)]
+
+
+def remember(record: Path, pids: Mapping[str, int]) -> None:
+    """Write down processes by name, so that `clean` finds them later."""
+    entries = [{"name": name, "pid": pid, "born": began} for name, pid in pids.items() if (began := born(pid))]
+    temporary = record.with_name(record.name + ".tmp")
+    temporary.write_text(json.dumps(entries), encoding="utf-8")
+    os.replace(temporary, record)
+
+
+def clean(record: Path) -> list[int]:
+    """End processes that an earlier, killed parent left behind, by process id and start time. Returns the ids of those it ended."""
+    import psutil
+
+    try:
+        entries = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    family: dict[int, Any] = {}
+    for entry in entries:
+        if (now := born(entry["pid"])) not in (None, entry.get("born")):
+            continue  # its number was given to another
+        if now:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(entry["pid"])
+                family |= {p.pid: p for p in [process, *process.children(recursive=True)]}
+        family |= {p.pid: p for p in _session(entry["pid"])}  # if it is gone, what it started may be left
+    for process in family.values():
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(list(family.values()), timeout=GRACE)
+    record.unlink(missing_ok=True)
+    return sorted(family)
+
+
+def _family(processes: Sequence[subprocess.Popen[bytes]]) -> list[Any]:
+    """The processes, their descendants, and all that share a session with them (a descendant whose parent is gone)."""
+    import psutil
+
+    found: dict[int, Any] = {}
+    for popen in processes:
+        try:
+            if popen.returncode is None:
+                process = psutil.Process(popen.pid)
+                found |= {p.pid: p for p in [process, *process.children(recursive=True)]}
+            elif psutil.pid_exists(popen.pid):
+                continue  # the number belongs to somebody else by now: it is free only once its session is empty
+        except psutil.NoSuchProcess:
+            pass
+        found |= {p.pid: p for p in _session(popen.pid)}
+    return list(found.values())
+
+
+def _session(leader: int) -> list[Any]:
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+    return found
+
+
+def _alive(process: Any) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(process: Any, number: int) -> None:
+    import psutil
+
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        process.send_signal(number)
 
 
 def _stat(pid: int) -> list[str]:

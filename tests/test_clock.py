@@ -16,9 +16,9 @@ import pytest
 
 from flows import stale
 from ftpipe.pipeline.runner import runs
-from ftpipe.processes import born, lives
+from ftpipe.processes import born, clean, lives, remember
 from ftpipe.train.lifeline import Reporter
-from ftpipe.train.supervise import Child, Supervisor, _remember, clean
+from ftpipe.train.supervise import Child, Supervisor
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's start is only known as a time of day")
 
@@ -52,7 +52,7 @@ def test_what_a_killed_parent_left_is_found_and_nobody_else(set_clock, tmp_path)
     sleepers = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) for _ in range(2)]
     try:
         left, other = sleepers
-        _remember(tmp_path / "ranks.json", [Child("rank 0", left, tmp_path / "o", tmp_path / "e")])
+        remember(tmp_path / "ranks.json", {"rank 0": left.pid})
         set_clock(-7200)
         assert clean(tmp_path / "ranks.json") == [left.pid] and lives(other.pid, born(other.pid))
     finally:

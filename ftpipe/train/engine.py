@@ -12,14 +12,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.errors import TrainingError
+from ftpipe.train import optimizer_state
+from ftpipe.train.optimizer_state import OptimizerState
 from ftpipe.train.run import Batch, Run
 
 if TYPE_CHECKING:
     import torch
-
-OptimizerState = dict[str, dict[str, Any]]
-"""By parameter name: its state by torch's names, whole tensors of the parameter's shape, and numbers such as `step`."""
-
 
 def settings(stage: int, clip: float, numel: int, offload: bool = False, pin: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration. Buffers are sized for `numel` trained elements; the defaults would take gigabytes for a small adapter.
@@ -227,89 +225,16 @@ class Engine:
         with gathered(chosen.values(), self.run.zero):
             return {n: p.detach().cpu().clone() for n, p in chosen.items()}
 
-    def _pieces(self) -> Iterable[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
-        """Each tensor the torch optimizer holds on this rank, and the pieces of named parameters in it: (name, start there, start in the parameter, length)."""
-        inner = self.optimizer
-        if self.run.zero == 0:
-            for name, p in self.parameters.items():
-                yield p, [(name, 0, 0, p.numel())]
-        elif self.run.zero == 3:
-            for flat in inner.fp32_partitioned_groups_flat:
-                pieces = []
-                for name, p in self.parameters.items():
-                    group, start, length = inner.grad_position[inner.get_param_id(p)]
-                    if inner.fp32_partitioned_groups_flat[group] is flat:
-                        begin = p.ds_tensor.ds_numel * self.run.rank
-                        pieces.append((name, start, begin, max(0, min(length, p.ds_numel - begin))))
-                yield flat, pieces
-        else:
-            for i, flat in enumerate(inner.single_partition_of_fp32_groups):
-                own = {id(p) for p in inner.bit16_groups[i]}
-                yield flat, [(n, m.hp_fragment_address.start, m.lp_fragment_address.start, m.hp_fragment_address.numel)
-                             for n, p in self.parameters.items() if id(p) in own and (m := p._hp_mapping) is not None]
-
     def optimizer_state(self) -> OptimizerState:
         """The optimizer's state by parameter, put together from all ranks. Empty before the first step."""
-        import torch
-        import torch.distributed as dist
-
-        found: OptimizerState = {n: {} for n in self.names}
-        inner = self.torch_optimizer
-        for flat, pieces in self._pieces():
-            state = inner.state.get(flat, {})
-            owners = [n for n, _, _, _ in pieces] if self.run.zero == 0 else self._group_of(flat)
-            for key, value in state.items():
-                split = self.run.zero and torch.is_tensor(value) and value.shape == flat.shape
-                for name in owners:
-                    if split:
-                        found[name][key] = torch.zeros(self._shape(name), dtype=value.dtype, device=value.device)
-                    else:
-                        found[name][key] = value.detach().clone() if torch.is_tensor(value) else value
-                for name, start, begin, length in pieces if split else ():
-                    found[name][key].view(-1)[begin:begin + length] = value[start:start + length]
-        if self.run.zero and self.run.world > 1:
-            for name in self.names:
-                for key, value in found[name].items():
-                    if torch.is_tensor(value) and tuple(value.shape) == self._shape(name) and value.dim():
-                        whole = value.to(self.run.device)  # it may be offloaded, and NCCL sums on GPUs alone
-                        dist.all_reduce(whole)
-                        found[name][key] = whole.cpu()
-        return {n: {k: v.cpu() if torch.is_tensor(v) else v for k, v in s.items()} for n, s in found.items() if s}
+        return optimizer_state.collected(self)
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Put optimizer state back; parameters that it does not name start from nothing."""
-        import torch
+        optimizer_state.put_back(self, state)
 
-        if not state:
-            return
-        inner = self.torch_optimizer
-        for flat, pieces in self._pieces():
-            owners = self._group_of(flat) if self.run.zero else [n for n, _, _, _ in pieces]
-            named = [n for n in owners if n in state]
-            for key, sample in (state[named[0]] if named else {}).items():
-                if self.run.zero and torch.is_tensor(sample) and sample.dim():
-                    whole = torch.zeros_like(flat, dtype=sample.dtype)
-                    for name, start, begin, length in pieces:
-                        if name in state:
-                            whole[start:start + length] = state[name][key].flatten()[begin:begin + length].to(flat.device)
-                    inner.state[flat][key] = whole
-                elif torch.is_tensor(sample):
-                    # torch keeps the step of an optimizer on the CPU unless it is capturable or fused
-                    stays = not sample.dim() and not (inner.defaults.get("fused") or inner.defaults.get("capturable"))
-                    inner.state[flat][key] = sample.clone() if stays else sample.clone().to(flat.device)
-                else:
-                    inner.state[flat][key] = sample
-
-    def _group_of(self, flat: torch.Tensor) -> list[str]:
-        inner = self.optimizer
-        if self.run.zero == 3:
-            return [n for n, p in self.parameters.items()
-                    if inner.fp32_partitioned_groups_flat[inner.grad_position[inner.get_param_id(p)][0]] is flat]
-        i = next(i for i, f in enumerate(inner.single_partition_of_fp32_groups) if f is flat)
-        own = {id(p) for p in inner.bit16_groups[i]}
-        return [n for n, p in self.parameters.items() if id(p) in own]
-
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's, whole."""
         parameter = self.parameters[name]
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

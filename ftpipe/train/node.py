@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ftpipe.errors import FtpipeError, InfrastructureError
+from ftpipe.processes import clean
 from ftpipe.train import launch, meeting
 from ftpipe.train.claim import claimed, visible
 from ftpipe.train.lifeline import Reporter
 from ftpipe.train.setup import Job
-from ftpipe.train.supervise import Supervisor, clean, supervised
+from ftpipe.train.supervise import Supervisor, supervised
 
 POLL = 0.5
 QUIET = 5.0

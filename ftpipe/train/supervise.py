@@ -9,18 +9,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ftpipe import errors
 from ftpipe.errors import FtpipeError, InfrastructureError
-from ftpipe.processes import born
+from ftpipe.processes import clean, remember, stop
 from ftpipe.train.lifeline import EVENTS, PARENT, PIPE, WHERE
 
-GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL."""
 POLL = 0.05
 LAST_LINES, FRAMES = 12, 5
 STACK, FRAME = "Stack (most recent call first):", "  File "
@@ -216,7 +214,7 @@ def supervised(commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], 
                 process = subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(end,),
                                            env={**env, PIPE: str(end), PARENT: str(os.getpid()), EVENTS: str(events)})
             children.append(Child(name, process, output, events))
-            _remember(record, children)
+            remember(record, {c.name: c.process.pid for c in children if c.process})
         os.close(end)
         end = -1
         children += [Child(name, None, events.with_suffix(".log"), events) for name, events in (elsewhere or {}).items()]
@@ -239,105 +237,6 @@ def out_of_memory_kills() -> int:
         return next((int(line.split()[1]) for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill ")), 0)
     except (OSError, ValueError):
         return 0
-
-
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """End processes and everything they started: SIGTERM, then SIGKILL. Returns the ids of those that are alive even so."""
-    import psutil
-
-    living = _family(processes)
-    for process in living:
-        _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
-    while living and time.monotonic() < deadline:
-        for p in processes:
-            p.poll()
-        living = [p for p in living if _alive(p)]
-        time.sleep(POLL)
-    family = {p.pid: p for p in [*living, *_family(processes)] if _alive(p)}
-    for process in family.values():
-        _signal(process, signal.SIGKILL)
-    for p in processes:
-        with suppress(subprocess.TimeoutExpired):
-            p.wait(GRACE)
-    psutil.wait_procs(list(family.values()), timeout=GRACE)
-    return [p.pid for p in family.values() if _alive(p)]
-
-
-def clean(record: Path) -> list[int]:
-    """End processes that an earlier, killed parent left behind, by process id and start time. Returns the ids of those it ended."""
-    import psutil
-
-    try:
-        entries = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    family: dict[int, Any] = {}
-    for entry in entries:
-        if (now := born(entry["pid"])) not in (None, entry.get("born")):
-            continue  # its number was given to another
-        if now:
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(entry["pid"])
-                family |= {p.pid: p for p in [process, *process.children(recursive=True)]}
-        family |= {p.pid: p for p in _session(entry["pid"])}  # if it is gone, what it started may be left
-    for process in family.values():
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(list(family.values()), timeout=GRACE)
-    record.unlink(missing_ok=True)
-    return sorted(family)
-
-
-def _family(processes: Sequence[subprocess.Popen[bytes]]) -> list[Any]:
-    """The processes, their descendants, and all that share a session with them (a descendant whose parent is gone)."""
-    import psutil
-
-    found: dict[int, Any] = {}
-    for popen in processes:
-        try:
-            if popen.returncode is None:
-                process = psutil.Process(popen.pid)
-                found |= {p.pid: p for p in [process, *process.children(recursive=True)]}
-            elif psutil.pid_exists(popen.pid):
-                continue  # the number belongs to somebody else by now: it is free only once its session is empty
-        except psutil.NoSuchProcess:
-            pass
-        found |= {p.pid: p for p in _session(popen.pid)}
-    return list(found.values())
-
-
-def _session(leader: int) -> list[Any]:
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-            if os.getsid(process.pid) == leader:
-                found.append(process)
-    return found
-
-
-def _alive(process: Any) -> bool:
-    import psutil
-
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(process: Any, number: int) -> None:
-    import psutil
-
-    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        process.send_signal(number)
-
-
-def _remember(record: Path, children: Sequence[Child]) -> None:
-    entries = [{"name": c.name, "pid": c.process.pid, "born": began} for c in children if c.process and (began := born(c.process.pid))]
-    temporary = record.with_name(record.name + ".tmp")
-    temporary.write_text(json.dumps(entries), encoding="utf-8")
-    os.replace(temporary, record)
 
 
 @contextmanager

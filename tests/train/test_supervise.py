@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from ftpipe.errors import InfrastructureError, TrainingError
-from ftpipe.processes import born
-from ftpipe.train.supervise import clean, supervised
+from ftpipe.processes import born, clean
+from ftpipe.train.supervise import supervised
 from tests.train.planted import environment
 
 HOLD = "import os, signal, subprocess, sys, time; from ftpipe.train.lifeline import hold, Reporter; hold(); report = Reporter(); report.alive('waiting')\n"
