@@ -21,17 +21,21 @@ def pareto(points: list[dict[str, Any]], name: str, label: str, x_unit: str, y_u
     """
 
     def paint(figure: Any, width: int) -> None:
-        axes = place(figure, width, HEIGHT, left=58, right=14, top=10, bottom=44)
+        axes = place(figure, width, HEIGHT, left=72, right=28, top=10, bottom=44)
         front = frontier(points)
         if len(front) > 1:
-            axes.plot([p["x"] for p in front], [p["y"] for p in front], color=COLOUR["grid"], linewidth=1.4, drawstyle="steps-post")
+            axes.plot([p["x"] for p in front], [p["y"] for p in front], color=COLOUR["faint"], linewidth=1.4, drawstyle="steps-post")
         for p in points:
             colour = COLOUR[p["colour"]]
             axes.plot([p["x"], p["x"]], [p["low"], p["high"]], color=colour, linewidth=1.6)
             axes.plot([p["x"]], [p["y"]], marker="o", markersize=6, color=colour, markeredgecolor=COLOUR["surface"], markeredgewidth=1)
         axes.axhline(0, color=COLOUR["muted"], linewidth=0.8)
         axes.margins(x=0.12, y=0.12)
-        axes.set_xlim(left=0)
+        least, most = (pick(p["x"] for p in points) for pick in (min, max))
+        if least >= 0:
+            axes.set_xlim(left=-0.03 * (most or 1))
+        else:
+            axes.axvline(0, color=COLOUR["muted"], linewidth=0.8)
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(lambda value, _: write(value))

@@ -170,8 +170,8 @@ def _plots(study: dict[str, Any], costs: dict[str, Any], colours: dict[str, str]
             found.append({"title": title, "svg": pareto(points, f"{name}-pareto{len(found)}", f"{title} of each arm", label, y, write)})
 
     if lost:
-        forgot = {arm: max(0.0, -lost[arm]["difference"]) for arm in gains}
-        digits = digits_for(max(forgot.values()) / 4)
+        forgot = {arm: -lost[arm]["difference"] for arm in gains}
+        digits = digits_for((max(forgot.values()) - min(forgot.values())) / 4)
         add(f"{gain} against forgetting", forgot, lambda v: number(v, digits), f"worse than the base on {next(iter(lost.values()))['suite']} by")
     for field, label, write in COSTS:
         add(f"{gain} against {label}", {arm: costs.get(arm, {}).get(field) for arm in gains}, write, label)
