@@ -44,14 +44,25 @@ def status(
             table.add_column(column, overflow="fold")
         for name, s in found[0]["stages"].items():
             space = disk[found[0]["id"]].get(name)
-            table.add_row(name, s["state"], f"{s['seconds']:.1f}", size(space) if space else "", s.get("reason") or s.get("error", ""), s.get("key", "")[:12])
-    else:
-        for column in ("run", "pipeline", "state", "started", "built", "reused", "disk", "what happened"):
-            table.add_column(column, overflow="fold")
-        for r in found[:last]:
-            states = [s["state"] for s in r["stages"].values()]
-            failed = next((f"{n}: {s['error']}" for n, s in r["stages"].items() if s["state"] in ("failed", "cancelled")), "")
-            space = sum(disk[r["id"]].values())
-            table.add_row(r["id"], r["pipeline"], r["state"], r["started"], str(states.count("built")), str(states.count("reused")),
-                          size(space) if space else "", failed)
+            why = _line(s.get("error", "")) or s.get("reason", "")
+            table.add_row(name, s["state"], f"{s['seconds']:.1f}", size(space) if space else "", why, s.get("key", "")[:12])
+        console.print(table)
+        return
+    for column in ("run", "pipeline", "state", "built", "reused", "disk"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("run", "state"), justify="right" if column in ("built", "reused", "disk") else "left")
+    stopped = []
+    for r in found[:last]:
+        states = [s["state"] for s in r["stages"].values()]
+        space = sum(disk[r["id"]].values())
+        table.add_row(r["id"], r["pipeline"], r["state"], str(states.count("built")), str(states.count("reused")), size(space) if space else "")
+        stopped += [(r["id"], n, _line(s["error"])) for n, s in r["stages"].items() if s["state"] in ("failed", "cancelled")][:1]
     console.print(table)
+    if stopped:
+        console.print("\nwhat stopped them (`ftpipe log STAGE --run RUN` has all of it):", style="dim")
+        for run, name, error in stopped:
+            console.print(f"  {run}  {name}: {error}", markup=False, soft_wrap=True)
+
+
+def _line(error: str) -> str:
+    """The first line of an error: the others are what a process printed last."""
+    return error.strip().partition("\n")[0]

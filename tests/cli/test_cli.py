@@ -61,6 +61,17 @@ def test_plan_run_status_log(call) -> None:
     assert "no stage is named" in str(call("log").exception)
 
 
+def test_status_says_in_a_line_what_stopped_a_run(call, tmp_path: Path) -> None:
+    call("run", "p.yaml", "--no-prefect")
+    file, = (tmp_path / ".ftpipe" / "runs").glob("*.json")
+    record = json.loads(file.read_text()) | {"state": "failed"}
+    record["stages"]["big"] |= {"state": "failed", "error": "rank 0 failed while step 7: no such luck\n  File \"x.py\", line 3\n"}
+    file.write_text(json.dumps(record))
+    said = call("status").output
+    assert f"{record['id']}  big: rank 0 failed while step 7: no such luck\n" in said and "x.py" not in said
+    assert "no such" in call("status", record["id"]).output
+
+
 def test_stage_alone(call) -> None:
     call("run", "p.yaml", "--no-prefect")
     done = call("stage", "big", "p.yaml", "--force")
