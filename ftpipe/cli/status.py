@@ -19,6 +19,7 @@ def status(
 ) -> None:
     """Show the latest runs, or the stages of one run. The disk is that of what a run built itself and that is still there."""
     from rich.table import Table
+    from rich.text import Text
 
     from ftpipe.cli._console import console
     from ftpipe.errors import ConfigError
@@ -45,7 +46,7 @@ def status(
         for name, s in found[0]["stages"].items():
             space = disk[found[0]["id"]].get(name)
             why = _line(s.get("error", "")) or s.get("reason", "")
-            table.add_row(name, s["state"], f"{s['seconds']:.1f}", size(space) if space else "", why, s.get("key", "")[:12])
+            table.add_row(name, s["state"], f"{s['seconds']:.1f}", size(space) if space else "", Text(why), s.get("key", "")[:12])
         console.print(table)
         return
     for column in ("run", "pipeline", "state", "built", "reused", "disk"):

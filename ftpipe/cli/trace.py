@@ -25,6 +25,7 @@ def trace(
         typer.echo(json.dumps(answer, indent=1, ensure_ascii=False))
         return
     from rich.table import Table
+    from rich.text import Text
 
     from ftpipe.cli._console import console
 
@@ -33,7 +34,8 @@ def trace(
     for column in ("row", "times", "source", "group", "text"):
         table.add_column(column, no_wrap=column == "row", overflow="ellipsis" if column == "text" else "fold")
     for r in answer["rows"][:limit]:
-        table.add_row(r["row_id"][:12], str(r["times"]), f"{r['source']}:{r['line']}", r["group"], r["text"][:80].replace("\n", " "))
+        told = (f"{r['source']}:{r['line']}", r["group"], r["text"][:80].replace("\n", " "))
+        table.add_row(r["row_id"][:12], str(r["times"]), *map(Text, told))
     console.print(table)
     if len(answer["rows"]) > limit:
         console.print(f"... {len(answer['rows']) - limit:,} more; --json prints them all")

@@ -26,19 +26,21 @@ def why(
     if as_json:
         typer.echo(json.dumps(answer, indent=1, ensure_ascii=False))
         return
+    from rich.markup import escape
     from rich.table import Table
 
     from ftpipe.cli._console import console
 
     for found in answer:
-        console.print(f"[bold]{found['row_id']}[/bold]  {found['source']}:{found['line']}  split {found['split']}, group {found['group']}")
+        where = escape(f"{found['source']}:{found['line']}  split {found['split']}, group {found['group']}")
+        console.print(f"[bold]{found['row_id']}[/bold]  {where}")
         console.print(f"  {found['text'][:300]}", markup=False)
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in ("step", "verdict", "reason", "score", "keeper"):
             table.add_column(column, overflow="fold")
         for d in found["decisions"]:
             score = "" if d["score"] is None else f"{d['score']:.4g}"
-            table.add_row(d["step"], "[green]kept[/green]" if d["kept"] else "[red]dropped[/red]", d["reason"] or "", score, d["keeper"] or "")
+            table.add_row(d["step"], "[green]kept[/green]" if d["kept"] else "[red]dropped[/red]", escape(d["reason"] or ""), score, d["keeper"] or "")
         console.print(table)
         for seen in found["seen"]:
             console.print(f"  trained on by {seen['stage']} ({seen['key'][:12]}), {seen['times']} time{'s' if seen['times'] != 1 else ''}")

@@ -65,11 +65,11 @@ def test_status_says_in_a_line_what_stopped_a_run(call, tmp_path: Path) -> None:
     call("run", "p.yaml", "--no-prefect")
     file, = (tmp_path / ".ftpipe" / "runs").glob("*.json")
     record = json.loads(file.read_text()) | {"state": "failed"}
-    record["stages"]["big"] |= {"state": "failed", "error": "rank 0 failed while step 7: no such luck\n  File \"x.py\", line 3\n"}
+    record["stages"]["big"] |= {"state": "failed", "error": "rank 0 failed while step 7: no such [/INST]\n  File \"x.py\", line 3\n"}
     file.write_text(json.dumps(record))
     said = call("status").output
-    assert f"{record['id']}  big: rank 0 failed while step 7: no such luck\n" in said and "x.py" not in said
-    assert "no such" in call("status", record["id"]).output
+    assert f"{record['id']}  big: rank 0 failed while step 7: no such [/INST]\n" in said and "x.py" not in said
+    assert "[/INST]" in call("status", record["id"]).output
 
 
 def test_stage_alone(call) -> None:
@@ -92,6 +92,19 @@ def test_why_names_decisions(call) -> None:
     call("run", "p.yaml", "--no-prefect")
     answer = call("why", "abcdefabcdef")
     assert "no row with id 'abcdefabcdef'" in str(answer.exception)
+
+
+def test_brackets_in_data_are_text_to_the_terminal(call, monkeypatch) -> None:
+    """`[/INST]` would otherwise be markup that closes what nobody opened, and `[link=...]` a link of a stranger's making."""
+    said = {"row_id": "abcdefabcdef", "source": "a[/b].jsonl", "line": 1, "group": "[/red]", "split": "train", "text": "[INST] hi [/INST] [link=x]y[/link]",
+            "times": 2, "seen": [], "decisions": [{"step": "s", "kept": False, "reason": "[/x]", "score": None, "keeper": None}]}
+    monkeypatch.setattr("ftpipe.pipeline.lineage.trace", lambda *a: {"stage": "adapter", "key": "k", "rows": [said]})
+    monkeypatch.setattr("ftpipe.pipeline.lineage.why", lambda *a: [said])
+    for verb in ("trace", "why"):
+        done = call(verb, "abcdefabcdef")
+        assert done.exit_code == 0, done.exception
+        assert all(said[key] in done.output for key in ("source", "group", "text")), done.output
+    assert "[/x]" in done.output
 
 
 def test_methods_names_slot_paper_and_settings(call) -> None:

@@ -52,10 +52,12 @@ def test_ten_runs_at_once_share_what_they_can_and_disturb_nothing(tmp_path: Path
     assert [process.exitcode for process, _ in runs] == [0] * RUNS, "\n".join(said)[-5000:]
     assert not [text for text in said if "locked" in text or "busy" in text or "Traceback" in text]
 
+    stages = [s for file in (together / ".ftpipe" / "runs").glob("*.json") for s in json.loads(file.read_text())["stages"].values()]
+    built = Counter(s["kind"] for s in stages if s["state"] == "built")
+    assert built == {"ingest": 1, "label_audit": 1, "curate_step": 2 + 2 * RUNS}, "what they have in common was made once, by whichever came first"
+    assert len(stages) == 6 * RUNS and len({s["key"] for s in stages}) == built.total()
     store = list((together / ".ftpipe" / "store").iterdir())
-    made = Counter(path.name.rpartition("-")[0] for path in store)
-    assert made == {"ingest": 1, "label_audit": 1, "curate_step": 2 + 2 * RUNS}, "what they have in common was made once"
-    assert not [problem for path in store if (problem := Artifact(path).problem())]
+    assert len(store) == built.total() and not [problem for path in store if (problem := Artifact(path).problem())]
     picked = [chosen(together, i) for i in range(RUNS)]
     assert len({frozenset(p) for p in picked}) > 1
     for i in (0, RUNS - 1):

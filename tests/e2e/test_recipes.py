@@ -1,4 +1,7 @@
-"""What ships below `configs/` runs to its end: each file as it is but for a tiny model in bfloat16, in which real models come, and less to do."""
+"""The comparison and the recipes that ship run to their end, as they are but for a tiny model in bfloat16, in which real models come, and less to do.
+
+Not `tulu`, whose nine trainings are all of one kind; that it can be planned is shown in `tests/pipeline/test_recipes.py`.
+"""
 
 from __future__ import annotations
 
