@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ftpipe.models import kernels  # noqa: E402
-from ftpipe.models.kernels import attention, swiglu  # noqa: E402
+from ftpipe.models.kernels import attention, layer, swiglu  # noqa: E402
 from ftpipe.models.kernels.attention import PackedAttention  # noqa: E402
 from ftpipe.models.kernels.cross_entropy import FrozenHeadLoss  # noqa: E402
 from ftpipe.models.kernels.lora import LoraLinear  # noqa: E402
@@ -20,13 +20,13 @@ def mask_of(lengths):
     return (number[:, None] == number[None]) & torch.ones(sum(lengths), sum(lengths)).tril().bool()
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 3, 1], [300, 17, 600], [256, 257]])
+@pytest.mark.parametrize("lengths", [[1], [5, 3, 1], [300, 17, 600], [256, 257], [60, 60, 9, 100, 28, 1]])
 @pytest.mark.parametrize("heads, keys", [(4, 4), (9, 3), (4, 1)])
 def test_packed_attention_is_attention_under_the_block_mask(lengths, heads, keys):
     torch.manual_seed(0)
     q, k, v = (torch.randn(h, sum(lengths), 8, **double, requires_grad=True) for h in (heads, keys, keys))
     up = torch.randn(heads, sum(lengths), 8, **double)
-    own = PackedAttention.apply(q, k, v, lengths, 0.3)
+    own = PackedAttention.apply(q, k, v, tuple(lengths), 0.3)
     wide = [t[None].repeat_interleave(heads // keys, 1) for t in (k, v)]
     reference = torch.nn.functional.scaled_dot_product_attention(q[None], *wide, attn_mask=mask_of(lengths), scale=0.3)[0]
     torch.testing.assert_close(own, reference)
@@ -38,7 +38,7 @@ def test_memory_of_long_sequences_grows_with_the_tokens():
     kept = []
     q, k, v = (torch.randn(2, 2000, 4, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        PackedAttention.apply(q, k, v, [2000], 1.0)
+        PackedAttention.apply(q, k, v, (2000,), 1.0)
     assert sum(kept) <= 3 * q.numel()
 
 
@@ -46,7 +46,8 @@ def test_memory_of_long_sequences_grows_with_the_tokens():
 def test_loss_against_a_frozen_head(bias, monkeypatch):
     from ftpipe.models.kernels import cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "CHUNK", 7 * 50)
+    monkeypatch.setattr(cross_entropy, "PRODUCT", 7 * 50)
+    monkeypatch.setattr(cross_entropy, "SOFTMAX", 3 * 50)
     torch.manual_seed(0)
     h, w = torch.randn(23, 6, requires_grad=True), torch.randn(50, 6) * 3
     b = torch.randn(50) if bias else None
@@ -56,6 +57,29 @@ def test_loss_against_a_frozen_head(bias, monkeypatch):
     torch.testing.assert_close(own, reference)
     for f in (lambda x: (x * weights).sum(), lambda x: torch.nn.functional.logsigmoid(x.sum()), lambda x: (torch.exp(-x) * x).sum()):
         torch.testing.assert_close(torch.autograd.grad(f(own), h, retain_graph=True), torch.autograd.grad(f(reference), h, retain_graph=True))
+
+
+def test_short_sequences_share_products_and_see_nothing_of_each_other():
+    torch.manual_seed(0)
+    lengths = (20,) * 16
+    q, k, v = (torch.randn(2, 320, 4) for _ in range(3))
+    shapes = set()
+    product = torch.bmm
+
+    def seen(a, b, **more):
+        shapes.add(a.shape)
+        return product(a, b, **more)
+
+    attention.torch.bmm = seen
+    try:
+        before = PackedAttention.apply(q, k, v, lengths, 1.0)
+    finally:
+        attention.torch.bmm = product
+    assert {s[-1] for s in shapes} == {120, 80}  # six, six and four
+    for t in (q, k, v):
+        t[:, 20:40] = 1e30
+    after = PackedAttention.apply(q, k, v, lengths, 1.0)
+    assert torch.equal(before[:, :20], after[:, :20]) and torch.equal(before[:, 40:], after[:, 40:])
 
 
 def test_loss_of_logits_that_overflow_a_float_is_finite():
@@ -120,7 +144,7 @@ def pair(tiny_model):
         if with_kernels:
             found = kernels.install(model)
             layers = model.config.num_hidden_layers
-            assert found == {"attention": 1, "swiglu": layers, "lora": 7 * layers, "rms_norm": 2 * layers + 1}
+            assert found == {"attention": 1, "swiglu": layers, "lora": 7 * layers, "rms_norm": 2 * layers + 1, "layer": layers}
         made.append(model.train())
     return made
 
@@ -141,6 +165,139 @@ def test_a_model_with_kernels_gives_the_same_logits_and_gradients(pair):
         assert ga.keys() == gb.keys()
         for n in ga:
             torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-7, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def served(model, monkeypatch):
+    """How many layers the whole-layer function computes in one pass of the model."""
+    calls = []
+    with monkeypatch.context() as patched:
+        original = layer.DecoderLayer.apply
+        patched.setattr(layer.DecoderLayer, "apply", lambda *args: calls.append(1) or original(*args))
+        model(input_ids=torch.arange(3, 23)[None], use_cache=False)
+    return len(calls)
+
+
+def first_layer(model):
+    return model.get_base_model().model.layers[0]
+
+
+@pytest.mark.parametrize("change", ["hook", "weights", "unfrozen norm", "unfrozen weight", "dropout", "adapter off", "other forward"])
+def test_one_layer_steps_back_and_the_others_do_not(pair, change, monkeypatch):
+    """What happens to a layer after the kernels are in: the result is that of the stock model with the same change."""
+    outs = []
+    for number, model in enumerate(pair):
+        one, heard, lora = first_layer(model), [], "default"
+        layers = model.config.num_hidden_layers
+        if number:
+            assert served(model, monkeypatch) == layers
+        if change == "hook":
+            one.mlp.up_proj.register_forward_hook(lambda m, a, out, heard=heard: heard.append(1) or out * 2)
+        elif change == "weights":
+            one.self_attn.k_proj.base_layer.weight.data = one.self_attn.k_proj.base_layer.weight.data * 3
+        elif change == "unfrozen norm":
+            one.input_layernorm.weight.requires_grad_()
+        elif change == "unfrozen weight":
+            one.mlp.down_proj.base_layer.weight.requires_grad_()
+        elif change == "dropout":
+            one.self_attn.o_proj.lora_dropout[lora] = torch.nn.Dropout(0.5)
+        elif change == "adapter off":
+            one.mlp.gate_proj.enable_adapters(False)
+        elif change == "other forward":
+            one.self_attn.forward = lambda *args, inner=one.self_attn.forward, **kwargs: (inner(*args, **kwargs)[0] * 0, None)
+        torch.manual_seed(5)
+        outs.append(run(model))
+        assert change != "hook" or heard
+        if number:
+            assert served(model, monkeypatch) == layers - 1
+    (a, ga), (b, gb) = outs
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert ga.keys() == gb.keys()
+    for n in ga:
+        torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-7, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_joined_weights_are_those_of_the_layers(pair):
+    """Weights changed in place are seen by the joined product, and a file of the model holds each of them once."""
+    stock, own = pair
+    for model in pair:
+        with torch.no_grad():
+            first_layer(model).self_attn.v_proj.base_layer.weight.mul_(-2)
+            first_layer(model).mlp.gate_proj.base_layer.weight.add_(0.1)
+    torch.testing.assert_close(run(stock)[0], run(own)[0], rtol=1e-4, atol=1e-5)
+    for (n, a), (m, b) in zip(stock.state_dict().items(), own.state_dict().items(), strict=True):
+        assert n == m and torch.equal(a, b)
+
+
+def test_adapters_of_some_layers_of_different_ranks_and_of_halves_that_do_not_train(tiny_model, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    outs = []
+    for with_kernels in (False, True):
+        torch.manual_seed(3)
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], rank_pattern={"v_proj": 7}, use_rslora=True)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.05)
+            if "up_proj.lora_A" in name:
+                p.requires_grad_(False)
+        if with_kernels:
+            kernels.install(model)
+            assert served(model, monkeypatch) == model.config.num_hidden_layers
+        outs.append(run(model.train()))
+    (a, ga), (b, gb) = outs
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert ga.keys() == gb.keys() and not any("up_proj.lora_A" in n for n in ga)
+    for n in ga:
+        torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-7, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family, served_layers", [("Qwen2", 2), ("Mistral", 2), ("Qwen3", 0), ("Granite", 0), ("Olmo2", 0), ("Cohere", 0), ("SmolLM3", 1)])
+def test_layers_of_other_models(family, served_layers):
+    """Biases of queries, keys and values are part of it; norms of queries, scaled residuals, norms elsewhere and layers without positions are not."""
+    import transformers
+
+    more = {"Granite": {"residual_multiplier": 0.2}, "SmolLM3": {"no_rope_layers": [1, 0], "pad_token_id": 0}}.get(family, {})
+    config = getattr(transformers, f"{family}Config")(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                      num_key_value_heads=2, head_dim=8, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False).eval()
+    for name, p in model.named_parameters():
+        p.normal_(0, 0.3) if "bias" in name else p.mul_(3)
+    model.set_attn_implementation("sdpa")
+    call = {"input_ids": torch.arange(1, 31)[None], "position_ids": torch.cat([torch.arange(18), torch.arange(12)])[None], "use_cache": False}
+    stock = model(**call).logits
+    assert kernels.install(model)["layer"] == served_layers
+    torch.testing.assert_close(model(**call).logits, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_shorter_than_a_sequence_is_left_to_the_layer(monkeypatch):
+    import transformers
+
+    config = transformers.MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                        sliding_window=6)
+    model = transformers.MistralForCausalLM(config).requires_grad_(False).eval()
+    ids = torch.arange(3, 23)[None]
+    stock = model(input_ids=ids, use_cache=False).logits
+    kernels.install(model)
+    assert served(model, monkeypatch) == 0
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_layers_are_as_near_to_exact_as_stock_ones(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).requires_grad_(False)
+    ids = torch.arange(3, 43)[None]
+    wanted = exact(input_ids=ids, use_cache=False).logits
+    away = []
+    for with_kernels in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).requires_grad_(False)
+        if with_kernels:
+            assert kernels.install(model)["layer"] == model.config.num_hidden_layers
+        away.append((model(input_ids=ids, use_cache=False).logits.float() - wanted).norm())
+    assert away[1] < 1.3 * away[0]
 
 
 def test_kernels_step_back_where_they_do_not_apply(pair):
@@ -191,7 +348,7 @@ def test_a_layer_that_computes_something_else_is_left_alone():
 def test_attention_of_another_kind_is_left_to_torch(what):
     module = torch.nn.Module()
     q = torch.randn(1, 2, 6, 4)
-    assert attention._lengths(module, q, q, q, 0.0, torch.arange(6)[None], {}) == [6]
+    assert attention._lengths(module, q, q, q, 0.0, torch.arange(6)[None], {}) == (6,)
     assert attention._lengths(module, q, q, q, 0.0, torch.arange(6)[None], what) is None
     assert attention._lengths(module, q, q, q, 0.1, torch.arange(6)[None], {}) is None
     assert attention._lengths(module, q[:, :, :1], q, q, 0.0, torch.tensor([[5]]), {}) is None

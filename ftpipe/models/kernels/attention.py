@@ -7,7 +7,10 @@ and leave out what the mask would hide.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +18,10 @@ from torch import Tensor
 
 NAME = "ftpipe_packed"
 BLOCK = 256
-"""Queries that are taken at once; keys after the last of them are left out."""
+"""Queries of a longer sequence that are taken at once; keys after the last of them are left out."""
+TOGETHER = 128
+"""Short sequences that follow each other share one product, under a mask, while they have no more tokens than this together. It is as fast as one product for
+each, and the shapes of a micro-batch's products stay few: torch remembers a number of them (`memory.SHAPES`) and is several times slower beyond it."""
 
 
 def install(model: Any) -> int:
@@ -50,100 +56,182 @@ def forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, 
         return PackedAttention.apply(query[0], key[0], value[0], lengths, scale).transpose(0, 1)[None], None
 
 
+@contextmanager
+def overheard() -> Iterator[dict[str, Any]]:
+    """Yield what modules that use this attention hand to it by name meanwhile."""
+    from transformers import AttentionInterface
+
+    heard: dict[str, Any] = {}
+
+    def listen(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        heard.update(kwargs)
+        return forward(*args, **kwargs)
+
+    AttentionInterface.register(NAME, listen)
+    try:
+        yield heard
+    finally:
+        AttentionInterface.register(NAME, forward)
+        for name in ("position_ids", "dropout"):
+            heard.pop(name, None)
+
+
 def _lengths(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, position_ids: Tensor | None,
-             kwargs: dict[str, Any]) -> list[int] | None:
+             kwargs: dict[str, Any]) -> tuple[int, ...] | None:
     """Tokens of each sequence, None where packed attention does not apply."""
     tokens = query.shape[2]
-    if (query.device.type != "cpu" or position_ids is None or query.shape[0] != 1 or key.shape[2] != tokens or position_ids.shape != (1, tokens) or dropout
-            or value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False
+    if query.device.type != "cpu" or query.shape[0] != 1 or key.shape[2] != tokens or dropout or value.shape[-1] != query.shape[-1]:
+        return None
+    return sequences(module, tokens, position_ids, kwargs)
+
+
+def sequences(module: torch.nn.Module, tokens: int, position_ids: Tensor | None, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Tokens of each of the sequences in `position_ids`; None if they do not say, or attention module `module`, called with `kwargs`, is of another kind."""
+    if (position_ids is None or position_ids.shape != (1, tokens) or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False
             or any(kwargs.get(k) is not None for k in ("softcap", "s_aux", "position_bias"))):
         return None
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     if not starts or starts[0] != 0:
         return None
-    lengths = [b - a for a, b in zip(starts, [*starts[1:], tokens], strict=True)]
+    lengths = tuple(b - a for a, b in zip(starts, [*starts[1:], tokens], strict=True))
     window = kwargs.get("sliding_window")
     return None if window is not None and max(lengths) > window else lengths
 
 
 class PackedAttention(torch.autograd.Function):
     """softmax(scale q k^T + causal mask) v for each sequence alone. q [heads, T, d]; k, v [key heads, T, d], heads a
-    multiple of key heads; returns [heads, T, d].
-
-    Products are in the type of the inputs, softmax is computed in float32 and its result rounded to that type. Probabilities are kept for the backward pass
-    for blocks that are not larger than one sequence of `BLOCK`, and computed again for longer sequences, so memory grows with the tokens and not their square.
-    """
+    multiple of key heads; returns [heads, T, d]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-        out = torch.empty((q.shape[1], q.shape[0], q.shape[2]), dtype=q.dtype).transpose(0, 1)
-        kept = []
-        for at, length in _sequences(lengths):
-            ks, vs = k[:, at:at + length].contiguous(), v[:, at:at + length].contiguous()
-            for a, b in _blocks(length):
-                qs = _grouped(q[:, at + a:at + b], k.shape[0])
-                p = _probabilities(qs, ks[:, :b], a, scale)
-                out[:, at + a:at + b] = torch.bmm(p, vs[:, :b]).view(q.shape[0], b - a, -1)
-                if length <= BLOCK:
-                    kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        rows = [together(t.transpose(0, 1), lengths, (len(t),)) for t in (q, k, v)]
+        out, kept = attend(*rows, lengths, scale, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*rows, *kept)
         ctx.lengths, ctx.scale = lengths, scale
-        return out
+        return apart(out, lengths, (len(q),)).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        scale, heads = ctx.scale, k.shape[0]
-        dq, dk, dv = (torch.empty((t.shape[1], t.shape[0], t.shape[2]), dtype=t.dtype).transpose(0, 1) for t in (q, k, v))
-        known = iter(kept)
-        for at, length in _sequences(ctx.lengths):
-            ks, vs = k[:, at:at + length].contiguous(), v[:, at:at + length].contiguous()
-            several = length > BLOCK
-            dks, dvs = (torch.zeros(t.shape, dtype=torch.float32) if several else None for t in (ks, vs))
-            for a, b in _blocks(length):
-                qs, gs = _grouped(q[:, at + a:at + b], heads), _grouped(grad[:, at + a:at + b], heads)
-                p = _probabilities(qs, ks[:, :b], a, scale) if several else next(known)
-                dvb = torch.bmm(p.transpose(1, 2), gs)
-                ds = torch._softmax_backward_data(torch.bmm(gs, vs[:, :b].transpose(1, 2)), p, -1, p.dtype)
-                dq[:, at + a:at + b] = _product(ds, ks[:, :b], scale).view(q.shape[0], b - a, -1)
-                dkb = _product(ds.transpose(1, 2), qs, scale)
-                if several:
-                    dks[:, :b] += dkb
-                    dvs[:, :b] += dvb
-                else:
-                    dks, dvs = dkb, dvb
-            dk[:, at:at + length], dv[:, at:at + length] = dks, dvs
-        return dq, dk, dv, None, None
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        attend_backward(together(grad.transpose(0, 1), ctx.lengths, (len(grad),)), q, k, v, kept, ctx.lengths, ctx.scale, grads)
+        return *(apart(g, ctx.lengths, (len(g) // sum(ctx.lengths),)).transpose(0, 1) for g in grads), None, None
 
 
-def _sequences(lengths: list[int]):
+def together(x: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
+    """[T, sum of heads, d] as rows [T * sum of heads, d]: first all rows of the first heads, then all of the second and so on; of each, one group of sequences
+    after the other, in it one head after the other, in that its tokens."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, _order(lengths, heads)[0])
+
+
+def apart(rows: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
+    """What `together` made, as [T, sum of heads, d] again."""
+    return rows.index_select(0, _order(lengths, heads)[1]).view(-1, sum(heads), rows.shape[-1])
+
+
+@lru_cache(maxsize=16)
+def _order(lengths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    every = torch.arange(sum(lengths) * sum(heads)).view(-1, sum(heads))
+    order = torch.cat([every[at:at + sum(group), first:first + count].t().flatten() for first, count in zip(accumulate(heads, initial=0), heads)
+                       for at, group in _groups(lengths)])
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """Attention of rows as `together` gives them, q [heads * T, d], k and v [key heads * T, d]: rows like q, and what the backward pass is to be given.
+
+    Products are in the type of the inputs, softmax is computed in float32 and its result rounded to that type. Probabilities are kept, if `keep`,
+    of sequences no longer than `BLOCK`, and computed again for longer ones, so memory grows with the tokens and not their square.
+    """
+    out, kept = torch.empty_like(q), []
+    for group, qs, outs, ks, vs in _each(lengths, (q, out), (k, v)):
+        length = sum(group)
+        for a, b in _blocks(length):
+            p = _probabilities(_block(qs, a, b), ks[:, :b], a, scale, group)
+            _write(outs, a, b, lambda to, p=p, vs=vs[:, :b]: torch.bmm(p, vs, out=to))
+            if keep and length <= BLOCK:
+                kept.append(p)
+    return out, kept
+
+
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor], lengths: tuple[int, ...], scale: float,
+                    into: Sequence[Tensor]) -> None:
+    """Write the gradients of q, k and v into `into`, from that of what `attend` returned; all of them are rows."""
+    dq, dk, dv = into
+    known = iter(kept)
+    for group, qs, gs, dqs, ks, vs, dks, dvs in _each(lengths, (q, grad, dq), (k, v, dk, dv)):
+        length = sum(group)
+        several = length > BLOCK
+        sums = [torch.zeros(t.shape, dtype=torch.float32) for t in (dks, dvs)] if several else []
+        for a, b in _blocks(length):
+            qb, gb = _block(qs, a, b), _block(gs, a, b)
+            p = _probabilities(qb, ks[:, :b], a, scale, group) if several else next(known)
+            ds = torch._softmax_backward_data(torch.bmm(gb, vs[:, :b].transpose(1, 2)), p, -1, p.dtype)
+            _write(dqs, a, b, lambda to, ds=ds, ks=ks[:, :b]: _product(ds, ks, scale, out=to))
+            if several:
+                sums[0][:, :b] += _product(ds.transpose(1, 2), qb, scale)
+                sums[1][:, :b] += torch.bmm(p.transpose(1, 2), gb)
+            else:
+                _product(ds.transpose(1, 2), qb, scale, out=dks)
+                torch.bmm(p.transpose(1, 2), gb, out=dvs)
+        if several:
+            dks.copy_(sums[0])
+            dvs.copy_(sums[1])
+
+
+def _each(lengths: tuple[int, ...], queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """For each group of sequences their lengths and their part of all these rows: queries [key heads, g, length, d], keys [key heads, length, d]."""
+    tokens, size = sum(lengths), queries[0].shape[-1]
+    heads, key_heads = len(queries[0]) // tokens, len(keys[0]) // tokens
+    for at, group in _groups(lengths):
+        end = at + sum(group)
+        yield (group, *(t[at * heads:end * heads].view(key_heads, heads // key_heads, end - at, size) for t in queries),
+               *(t[at * key_heads:end * key_heads].view(key_heads, end - at, size) for t in keys))
+
+
+@lru_cache(maxsize=16)
+def _groups(lengths: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    """Sequences whose products are one: where each group begins, and the lengths in it."""
+    groups: list[tuple[int, tuple[int, ...]]] = []
     at = 0
     for length in lengths:
-        yield at, length
+        if groups and sum(groups[-1][1]) + length <= TOGETHER:
+            groups[-1] = groups[-1][0], (*groups[-1][1], length)
+        else:
+            groups.append((at, (length,)))
         at += length
+    return groups
 
 
-def _blocks(length: int):
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
     for a in range(0, length, BLOCK):
         yield a, min(a + BLOCK, length)
 
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
-    """[heads * g, L, d] with the queries of one key head under each other: [heads, g * L, d]."""
-    return x.reshape(heads, -1, x.shape[-1])
+def _block(x: Tensor, a: int, b: int) -> Tensor:
+    """Queries a to b of [h, g, n, d], those of one key head under each other: [h, g * (b - a), d]; a view if they are all."""
+    return x[:, :, a:b].reshape(len(x), -1, x.shape[-1])
 
 
-def _probabilities(q: Tensor, k: Tensor, first: int, scale: float) -> Tensor:
-    """Causal probabilities of grouped queries [h, g * n, d], whose first is number `first` of its sequence, over keys [h, m, d]: [h, g * n, m]."""
+def _write(x: Tensor, a: int, b: int, compute: Callable[[Tensor], Any]) -> None:
+    """Let `compute` write a tensor like `_block(x, a, b)`, which then stands there."""
+    block = _block(x, a, b)
+    compute(block)
+    if b - a < x.shape[2]:
+        x[:, :, a:b] = block.view(len(x), -1, b - a, x.shape[-1])
+
+
+def _probabilities(q: Tensor, k: Tensor, first: int, scale: float, group: tuple[int, ...]) -> Tensor:
+    """Causal probabilities of grouped queries [h, g * n, d], whose first is number `first` of its group, over keys [h, m, d]: [h, g * n, m]."""
     n, m = k.shape[1] - first, k.shape[1]
     scores = _product(q, k.transpose(1, 2), scale).view(-1, n, m)
-    scores[..., first:].add_(_hidden(n, scores.dtype))
+    scores[..., first:].add_(_hidden(n, scores.dtype) if len(group) == 1 else _hidden_of(group, scores.dtype))
     return torch.softmax(scores, -1).view(q.shape[0], -1, m)
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale * a b by batch, rounded once."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
 
 
 @lru_cache(maxsize=4)
@@ -154,3 +242,10 @@ def _mask(dtype: torch.dtype) -> Tensor:
 def _hidden(n: int, dtype: torch.dtype) -> Tensor:
     """-inf where the key comes after the query, 0 elsewhere: [n, n]."""
     return _mask(dtype)[:n, :n]
+
+
+@lru_cache(maxsize=16)
+def _hidden_of(group: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same, where the key is of another sequence too."""
+    number = torch.repeat_interleave(torch.arange(len(group)), torch.tensor(group))
+    return _hidden(len(number), dtype).masked_fill(number[:, None] != number, float("-inf"))

@@ -7,8 +7,9 @@ directions, and the only tensor kept for the backward pass that the frozen layer
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,8 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        a_, b_ = a.to(weight.dtype), b.to(weight.dtype)
-        low = flat @ a_.t()
-        out = nn.functional.linear(flat, weight, bias).addmm_(low, b_.t(), alpha=scaling)
+        a_, b_ = a.to(weight.dtype), (b * scaling).to(weight.dtype)
+        out, low = project(flat, weight, bias, a_, b_)
         ctx.save_for_backward(flat, low, weight, a_, b_)
         ctx.scaling, ctx.shape, ctx.dtypes = scaling, x.shape, (x.dtype, a.dtype, b.dtype)
         return out.view(*x.shape[:-1], -1)
@@ -30,18 +30,34 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, a, b = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        back = grad @ b * ctx.scaling
-        dx = (grad @ weight).addmm_(back, a).view(ctx.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        da = (back.t() @ x).to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
-        db = (grad.t() @ low).mul_(ctx.scaling).to(ctx.dtypes[2]) if ctx.needs_input_grad[4] else None
-        return dx, None, None, da, db, None
+        dx, da, db = project_backward(grad.reshape(-1, grad.shape[-1]), x, low, weight, a, b, ctx.needs_input_grad[0])
+        return (None if dx is None else dx.view(ctx.shape).to(ctx.dtypes[0]), None, None,
+                da.to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None, db.to(ctx.dtypes[2]) * ctx.scaling if ctx.needs_input_grad[4] else None, None)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x W^T + bias + (x A^T) B^T, and x A^T; x [n, in], all of one type. Without A and B the plain layer, and None."""
+    out = nn.functional.linear(x, weight, bias)
+    if a is None:
+        return out, None
+    low = x @ a.t()
+    return out.addmm_(low, b.t()), low
+
+
+def project_backward(grad: Tensor, x: Tensor, low: Tensor | None, weight: Tensor, a: Tensor | None, b: Tensor | None,
+                     wanted: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (if `wanted`), A and B of `project`, whose second result is `low`."""
+    dx = grad @ weight if wanted else None
+    if a is None:
+        return dx, None, None
+    back = grad @ b
+    if dx is not None:
+        dx.addmm_(back, a)
+    return dx, back.t() @ x, (low.t() @ grad).t()
 
 
 def install(model: nn.Module) -> int:
     """Give PEFT's plain LoRA layers this forward pass; returns how many. What they cannot do falls back to PEFT's at each call."""
-    import sys
-
     if "peft" not in sys.modules:
         return 0
     from peft.tuners.lora.layer import Linear
@@ -52,15 +68,40 @@ def install(model: nn.Module) -> int:
     return len(layers)
 
 
-def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base, names = self.base_layer, self.active_adapters
-    if (args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or self.lora_variant
-            or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad) or not base.weight.is_floating_point()):
-        return type(self).forward(self, x, *args, **kwargs)
-    name = names[0]
+class Adapted(NamedTuple):
+    """A frozen linear layer and the LoRA at work on it, if there is one."""
+
+    base: nn.Linear
+    a: nn.Linear | None = None
+    b: nn.Linear | None = None
+    scaling: float = 1.0
+
+
+def adapted(module: Any) -> Adapted | None:
+    """What a layer that `install` took in hand computes now, or a plain linear layer; None if it is something else."""
+    if type(module) is nn.Linear:
+        return None if _trains(module) else Adapted(module)
+    base, names = getattr(module, "base_layer", None), getattr(module, "active_adapters", ())
+    if type(base) is not nn.Linear or getattr(vars(module).get("forward"), "__func__", None) is not _forward:
+        return None
+    if module.disable_adapters or module.merged or len(names) != 1 or names[0] not in module.lora_A or module.lora_variant or _trains(base):
+        return None
+    a, b = module.lora_A[names[0]], module.lora_B[names[0]]
     # A method may have put a module of its own, which computes something else, in the place of one of the two.
-    if (type(self.lora_A[name]) is not nn.Linear or type(self.lora_B[name]) is not nn.Linear
-            or (self.training and getattr(self.lora_dropout[name], "p", 0.0)) or self.lora_A[name].bias is not None or self.lora_B[name].bias is not None):
-        return type(self).forward(self, x)
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
+        return None
+    if module.training and getattr(module.lora_dropout[names[0]], "p", 0.0):
+        return None
+    return Adapted(base, a, b, float(module.scaling[names[0]]))
+
+
+def _trains(base: nn.Linear) -> bool:
+    return base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad) or not base.weight.is_floating_point()
+
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    found = None if args or kwargs else adapted(self)
+    if found is None:
+        return type(self).forward(self, x, *args, **kwargs)
     with torch.autocast(x.device.type, enabled=False):
-        return LoraLinear.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
+        return LoraLinear.apply(x, found.base.weight, found.base.bias, found.a.weight, found.b.weight, found.scaling)

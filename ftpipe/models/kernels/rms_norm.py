@@ -17,24 +17,34 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        out, scale = norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * wide.mul(scale).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        g = (grad * weight).float().mul_(scale)
-        unit = x.float().mul_(scale)
-        return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).to(x.dtype), None, None
+        return norm_backward(grad, *ctx.saved_tensors), None, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed x and, in float32, what each token was multiplied by: [..., 1]."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.mul(scale).to(x.dtype), scale
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of x."""
+    g = (grad * weight).float().mul_(scale)
+    unit = x.float().mul_(scale)
+    return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).to(x.dtype)
 
 
 def install(model: nn.Module) -> int:
     """Use it in every norm layer that computes exactly this and whose weights are frozen; returns how many."""
     found = 0
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_it(module):
+        if type(module).__name__.endswith("RMSNorm") and eps_of(module) is not None and _is_it(module):
             module.forward = MethodType(_forward, module)
             found += 1
     return found
@@ -43,10 +53,10 @@ def install(model: nn.Module) -> int:
 def _forward(self: Any, x: Tensor) -> Tensor:
     if self.weight.requires_grad:
         return type(self).forward(self, x)
-    return RmsNorm.apply(x, self.weight, _eps(self))
+    return RmsNorm.apply(x, self.weight, eps_of(self))
 
 
-def _eps(module: Any) -> float | None:
+def eps_of(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
@@ -57,4 +67,4 @@ def _is_it(module: Any) -> bool:
         return False
     x = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device).view(4, -1).sin().to(weight.dtype)
     with torch.no_grad():
-        return bool(torch.equal(module(x), RmsNorm.apply(x, weight, _eps(module))))
+        return bool(torch.equal(module(x), RmsNorm.apply(x, weight, eps_of(module))))

@@ -1,0 +1,302 @@
+"""A whole decoder layer as one differentiable function: norm, attention, norm and gated feed-forward layer with frozen weights, each linear layer
+perhaps with a LoRA.
+
+Some 400 small operations of a layer become 150. The layers that read the same input (queries, keys and values; gate and up) are one matrix product, with one
+pair of thin products for the LoRA of all of them, and tensors that are cheap to compute again are not kept for the backward pass. It serves
+the layers of Llama, Mistral, Qwen 2, SmolLM and those built like them; `install` finds them by what they consist of and compares what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ftpipe.models.kernels import attention, lora, rms_norm, swiglu
+
+ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+ALIKE = 0.03
+"""Share of what a layer adds to its input by which this function may miss it on a sample, above the rounding of both."""
+
+
+class Joined(NamedTuple):
+    """Linear layers that read the same input: weight [sum of outs, in], bias, and the LoRA of those that have one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    outs: tuple[int, ...]
+    loras: tuple[lora.Adapted, ...]
+
+    def pair(self, adapters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """A [sum of r, in] and B [sum of outs, sum of r] of all LoRA, in the type of the weight: each layer's B in a block of its own, times its scale."""
+        if not adapters:
+            return None, None
+        a = torch.cat([t.to(self.weight.dtype) for t in adapters[::2]])
+        b = a.new_zeros(len(self.weight), len(a))
+        for (rows, columns, scaling), t in zip(self.blocks(), adapters[1::2], strict=True):
+            b[rows, columns] = t * scaling
+        return a, b
+
+    def parted(self, da: Tensor | None, db: Tensor | None, adapters: Sequence[tuple[torch.dtype, bool]]) -> list[Tensor | None]:
+        """The gradients of single adapters from those of the pair: of each its type and whether it is wanted."""
+        if da is None:
+            return []
+        found: list[Tensor | None] = []
+        for (rows, columns, scaling), (a, b) in zip(self.blocks(), zip(adapters[::2], adapters[1::2]), strict=True):
+            found += [da[columns].to(a[0]) if a[1] else None, db[rows, columns].to(b[0]) * scaling if b[1] else None]
+        return found
+
+    def blocks(self) -> list[tuple[slice, slice, float]]:
+        """Of each LoRA: rows of B, columns of B (rows of A), and its scale."""
+        found, row, column = [], 0, 0
+        for out, part in zip(self.outs, self.loras, strict=True):
+            if part.a is not None:
+                r = part.a.weight.shape[0]
+                found.append((slice(row, row + out), slice(column, column + r), part.scaling))
+                column += r
+            row += out
+        return found
+
+
+class Plan(NamedTuple):
+    """What a layer consists of at a call. groups: queries, keys and values; output; gate and up; down. heads: of queries, keys and values."""
+
+    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
+    groups: tuple[Joined, Joined, Joined, Joined]
+    heads: tuple[int, int, int]
+    scale: float
+    lengths: tuple[int, ...]
+
+    def adapters(self) -> list[Tensor]:
+        """A and B of every LoRA, in the order in which the function takes them."""
+        return [t.weight for g in self.groups for p in g.loras if p.a is not None for t in (p.a, p.b)]
+
+    def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """One value for each adapter, by group."""
+        found, at = [], 0
+        for group in self.groups:
+            count = 2 * sum(p.a is not None for p in group.loras)
+            found.append(values[at:at + count])
+            at += count
+        return found
+
+
+class DecoderLayer(torch.autograd.Function):
+    """x + attention(norm(x)), and to that its feed-forward layer: x [T, hidden]; cos and sin [T, d] of the rotary positions; T is the sum of `plan.lengths`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, *adapters: Tensor) -> Tensor:
+        qkv, output, gate_up, down = plan.groups
+        pairs = [g.pair(a) for g, a in zip(plan.groups, plan.split(adapters), strict=True)]
+        tokens = len(x)
+        h, scale = rms_norm.norm(x, *plan.norms[0])
+        joined, low_qkv = lora.project(h, qkv.weight, qkv.bias, *pairs[0])
+        heads = joined.view(tokens, sum(plan.heads), -1)
+        turned = sum(plan.heads[:2])
+        heads[:, :turned] = _turned(heads[:, :turned], cos, sin)
+        rows = attention.together(heads, plan.lengths, plan.heads)
+        out, kept = attention.attend(*_parts(rows, plan), plan.lengths, plan.scale, keep=any(ctx.needs_input_grad))
+        attended = attention.apart(out, plan.lengths, plan.heads[:1]).view(tokens, -1)
+        middle, low_output = lora.project(attended, output.weight, output.bias, *pairs[1])
+        middle += x
+        h2, scale2 = rms_norm.norm(middle, *plan.norms[1])
+        gated, low_gate_up = lora.project(h2, gate_up.weight, gate_up.bias, *pairs[2])
+        gate, up = gated.split(gate_up.outs, 1)
+        result, low_down = lora.project(nn.functional.silu(gate).mul_(up), down.weight, down.bias, *pairs[3])
+        ctx.save_for_backward(x, cos, sin, h, scale, rows, attended, middle, h2, scale2, gated, low_qkv, low_output, low_gate_up, low_down,
+                              *(t for pair in pairs for t in pair), *kept)
+        ctx.plan, ctx.types = plan, [a.dtype for a in adapters]
+        return result.add_(middle)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        (x, cos, sin, h, scale, rows, attended, middle, h2, scale2, gated, low_qkv, low_output, low_gate_up, low_down, *pairs) = ctx.saved_tensors
+        kept = pairs[8:]
+        qkv, output, gate_up, down = plan.groups
+        wanted = ctx.needs_input_grad[0]
+
+        gate, up = gated.split(gate_up.outs, 1)
+        active = nn.functional.silu(gate)
+        d, da_down, db_down = lora.project_backward(grad, active * up, low_down, down.weight, *pairs[6:8])
+        d_gated = torch.empty_like(gated)
+        d_gate, d_up = d_gated.split(gate_up.outs, 1)
+        torch.mul(d, active, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
+        d, da_gate_up, db_gate_up = lora.project_backward(d_gated, h2, low_gate_up, gate_up.weight, *pairs[4:6])
+        d_middle = rms_norm.norm_backward(d, middle, plan.norms[1][0], scale2).add_(grad)
+
+        d, da_output, db_output = lora.project_backward(d_middle, attended, low_output, output.weight, *pairs[2:4])
+        d_rows = torch.empty_like(rows)
+        d_out = attention.together(d.view(len(d), plan.heads[0], -1), plan.lengths, plan.heads[:1])
+        attention.attend_backward(d_out, *_parts(rows, plan), kept, plan.lengths, plan.scale, _parts(d_rows, plan))
+        d_heads = attention.apart(d_rows, plan.lengths, plan.heads)
+        turned = sum(plan.heads[:2])
+        d_heads[:, :turned] = _turned(d_heads[:, :turned], cos, sin, back=True)
+        d, da_qkv, db_qkv = lora.project_backward(d_heads.view(len(x), -1), h, low_qkv, qkv.weight, *pairs[0:2], wanted)
+        dx = rms_norm.norm_backward(d, x, plan.norms[0][0], scale).add_(d_middle) if wanted else None
+
+        about = plan.split(list(zip(ctx.types, ctx.needs_input_grad[4:], strict=True)))
+        found = ((da_qkv, db_qkv), (da_output, db_output), (da_gate_up, db_gate_up), (da_down, db_down))
+        return dx, None, None, None, *(g for group, pair, a in zip(plan.groups, found, about, strict=True) for g in group.parted(*pair, a))
+
+
+def _parts(rows: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """Rows of queries, keys and values."""
+    return rows.split([h * sum(plan.lengths) for h in plan.heads])
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """Rotary positions: x cos + (-second half, first half of x) sin, of x [T, heads, d]; with `back` the gradient of x from that of the result."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None]
+    found = x * cos
+    first, second = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
+    found[..., :half].addcmul_(x[..., half:], first, value=1 if back else -1)
+    found[..., half:].addcmul_(x[..., :half], second, value=-1 if back else 1)
+    return found
+
+
+def install(model: nn.Module) -> int:
+    """Use it in every layer that consists of exactly this, with the other kernels in it, and computes the same on a sample; returns how many.
+
+    The weights of layers that are joined then lie in one tensor, of which each layer holds its part.
+    """
+    found, joined = 0, set()
+    for module in model.modules():
+        if _consists_of_this(module):
+            forward = Forward(module)
+            if forward.is_it(module):
+                module.forward = MethodType(forward, module)
+                found += 1
+            joined |= {id(p) for group, j in zip(_groups(module), forward.joined, strict=True) if j for m in group for p in m.parameters()}
+    for parameter in model.parameters() if joined else ():
+        if id(parameter) not in joined and not parameter.requires_grad:
+            parameter.data = parameter.data.clone()  # else the file that all weights were mapped from stays in memory for these
+    return found
+
+
+def _consists_of_this(module: nn.Module) -> bool:
+    if {n for n, _ in module.named_children()} != {"self_attn", "mlp", *NORMS} or list(module.parameters(recurse=False)):
+        return False
+    attn, mlp = module.self_attn, module.mlp
+    return {n for n, _ in attn.named_children()} == set(ATTENTION) and not list(attn.parameters(recurse=False)) and all(hasattr(mlp, n) for n in FEED_FORWARD)
+
+
+class Forward:
+    """The forward pass of one layer: this function where it applies, and the layer's own where it does not."""
+
+    def __init__(self, layer: Any):
+        self.joined = [_join([getattr(m, "base_layer", m) for m in modules]) for modules in _groups(layer)]
+        self.told: dict[str, Any] = {}
+        """What the layer tells its attention beside tensors: the window it sees, and the like."""
+
+    def __call__(self, layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plan = None if args else self.plan(layer, hidden_states, **kwargs)
+        if plan is None:
+            return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        cos, sin = (t[0] for t in kwargs["position_embeddings"])
+        with torch.autocast("cpu", enabled=False):
+            return DecoderLayer.apply(hidden_states.squeeze(0), cos, sin, plan, *plan.adapters()).unsqueeze(0)
+
+    def plan(self, layer: Any, hidden_states: Tensor, position_ids: Tensor | None = None, past_key_values: Any = None,
+             position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> Plan | None:
+        """What to compute, None where the layer's own forward pass has to."""
+        attn, x = layer.self_attn, hidden_states
+        if (x.dim() != 3 or x.shape[0] != 1 or x.device.type != "cpu" or past_key_values is not None or position_embeddings is None
+                or kwargs.get("output_attentions") or attn.config._attn_implementation != attention.NAME
+                or (layer.training and attn.attention_dropout) or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype)):
+            return None
+        lengths = attention.sequences(attn, x.shape[1], position_ids, {**kwargs, **self.told})
+        norms = [getattr(layer, n) for n in NORMS]
+        if lengths is None or not (_own(layer.mlp, swiglu) and all(_own(n, rms_norm) and not n.weight.requires_grad for n in norms) and _untouched(attn)):
+            return None
+        groups = [_joined(modules, joined) for modules, joined in zip(_groups(layer), self.joined, strict=True)]
+        size = attn.head_dim
+        if (any(g is None for g in groups) or {t.dtype for t in (*(g.weight for g in groups), *(n.weight for n in norms), *position_embeddings)} != {x.dtype}
+                or any(t.shape != (1, x.shape[1], size) for t in position_embeddings)):
+            return None
+        return Plan(tuple((n.weight, rms_norm.eps_of(n)) for n in norms), tuple(groups), tuple(out // size for out in groups[0].outs), attn.scaling, lengths)
+
+    def is_it(self, layer: Any) -> bool:
+        """Whether the layer itself computes this, seen on two short sequences."""
+        call = _sample(layer)
+        x = call.pop("hidden_states")
+        try:
+            with torch.no_grad():
+                if self.plan(layer, x, **call) is None:
+                    return False
+                with attention.overheard() as self.told:
+                    other = type(layer).forward(layer, x, **call).float()
+                own = self(layer, x, **call).float()
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants something else, or lacks something: another kind of layer
+            return False
+        if self.told.pop("scaling", None) != layer.self_attn.scaling:
+            return False
+        rounding = 8 * torch.finfo(x.dtype).eps * (other.norm() + x.float().norm())
+        return bool((own - other).norm() <= ALIKE * (other - x.float()).norm() * (x.dtype != torch.float32) + rounding)
+
+
+def _sample(layer: Any) -> dict[str, Any]:
+    """A call of the layer on two short sequences."""
+    weight, size = layer.input_layernorm.weight, getattr(layer.self_attn, "head_dim", 0)
+    x = torch.linspace(-9, 9, 7 * len(weight), device=weight.device).view(1, 7, -1).mul(77).sin().to(weight.dtype)
+    angle = torch.linspace(0, 3, 7 * (size // 2), device=weight.device).view(1, 7, -1).repeat(1, 1, 2)
+    return {"hidden_states": x, "attention_mask": None, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
+            "position_embeddings": (angle.cos().to(x), angle.sin().to(x))}
+
+
+def _groups(layer: Any) -> list[list[nn.Module]]:
+    """The linear layers, perhaps wrapped by PEFT, by what they read."""
+    attn, mlp = layer.self_attn, layer.mlp
+    return [[attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
+
+def _join(bases: list[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Put the weights of plain linear layers into one tensor, biases likewise. None if there is but one, or they are not of one kind."""
+    first = bases[0]
+    if len(bases) == 1 or any(type(b) is not nn.Linear or b.weight.dtype != first.weight.dtype or (b.bias is None) != (first.bias is None) for b in bases):
+        return None
+    weight = torch.cat([b.weight.detach() for b in bases])
+    bias = None if first.bias is None else torch.cat([b.bias.detach() for b in bases])
+    sizes = [b.out_features for b in bases]
+    for base, part in zip(bases, weight.split(sizes), strict=True):
+        base.weight.data = part
+    for base, part in zip(bases, bias.split(sizes) if bias is not None else (), strict=False):
+        base.bias.data = part
+    return weight, bias
+
+
+def _joined(modules: Sequence[Any], joined: tuple[Tensor, Tensor | None] | None) -> Joined | None:
+    """The layers at this call; None if one of them is not what it was, or does more than to multiply."""
+    parts = [lora.adapted(m) for m in modules]
+    if any(p is None or not all(_untouched(m) for m in (p.base, p.a, p.b) if m is not None) for p in parts) or any(_hooked(m) for m in modules):
+        return None
+    outs = tuple(p.base.out_features for p in parts)
+    if len(parts) == 1:
+        return Joined(parts[0].base.weight, parts[0].base.bias, outs, tuple(parts))
+    if joined is None:
+        return None
+    for whole, ours in zip(joined, ([p.base.weight for p in parts], [p.base.bias for p in parts]), strict=True):
+        if whole is not None and any(a.data_ptr() != b.data_ptr() or a.dtype != b.dtype for a, b in zip(whole.split(outs), ours, strict=True)):
+            return None  # someone gave a layer other weights
+    return Joined(*joined, outs, tuple(parts))
+
+
+def _own(module: nn.Module, kernel: Any) -> bool:
+    """Whether a module computes by this kernel, and nobody listens."""
+    return getattr(vars(module).get("forward"), "__func__", None) is kernel._forward and not _hooked(module)
+
+
+def _untouched(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
