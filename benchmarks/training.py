@@ -21,6 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from ftpipe.stages.train import CPU_TOKENS  # noqa: E402
+
 ARMS = ("ftpipe", "trainer", "trl", "trl_best")
 ABOUT = {"ftpipe": "ftpipe", "trainer": "transformers.Trainer + PEFT, as documented", "trl": "TRL SFTTrainer, its defaults",
          "trl_best": "TRL SFTTrainer, padding-free, bf16, no gradient checkpointing"}
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rows-per-step", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batch-tokens", type=int, default=512, help="ftpipe's micro-batch")
+    parser.add_argument("--batch-tokens", type=int, default=CPU_TOKENS, help="ftpipe's micro-batch")
     parser.add_argument("--ranks", type=int, default=1, help="ftpipe's processes")
     parser.add_argument("--zero", type=int, default=2, help="ftpipe's ZeRO stage")
     parser.add_argument("--no-kernels", action="store_true", help="ftpipe with the functions of torch, transformers and PEFT")

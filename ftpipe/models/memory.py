@@ -7,10 +7,10 @@ import os
 import sys
 from functools import lru_cache
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 
 
-SHAPES = 64
+SHAPES = 128
 """How many of the kernels that are made for one shape of operands are kept: about those of one micro-batch."""
 
 
@@ -29,7 +29,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep freed blocks for the next use; returns whether it will.
 
     Activations are allocated and freed at every layer. Left to itself glibc hands large blocks back to the kernel and gets them again page by page,
-    which takes a third of the time of attention over 512 tokens. Nothing is done where the user has set MALLOC_ variables, or the library is another.
+    which takes a third of the time of attention over 512 tokens. All threads allocate from one heap, so that one uses what another freed.
+    Nothing is done where the user has set MALLOC_ variables, or the library is another.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return False
@@ -37,4 +38,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**26)])
+    return all([mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**26), mallopt(M_ARENA_MAX, 1)])

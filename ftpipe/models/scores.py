@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Want = Literal["loss", "embedding"]
 FLUSH_SECONDS = 10.0
 """At most so much work is lost by a kill."""
-CODE = ("data/render.py", "models/service.py", "models/head.py", "models/kernels")
+CODE = ("data/render.py", "models/service.py", "models/head.py", "models/kernels", "models/lanes.py")
 """Files and folders whose text decides a score, below the package's folder."""
 READ = 2_000
 """Rows read and rendered at a time."""

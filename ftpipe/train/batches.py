@@ -26,6 +26,7 @@ class Plan:
 
     lengths: tokens of each row. times: how often an epoch shows it. rows_per_step or tokens_per_step: the size of a step, one of them.
     batch_tokens: most tokens in one micro-batch (a longer row is alone in its own). alone: every row in a micro-batch of its own.
+    lanes: how many micro-batches are computed at the same time, by all ranks.
     """
 
     lengths: Sequence[int]
@@ -36,6 +37,7 @@ class Plan:
     tokens_per_step: int | None = None
     shuffle: bool = True
     alone: bool = False
+    lanes: int = 1
 
     def epoch(self, number: int) -> Iterator[list[int]]:
         """The rows of each step of an epoch, as indices. The last step of an epoch may be smaller."""
@@ -69,10 +71,19 @@ class Plan:
             number += 1
 
     def packs(self, rows: Sequence[int]) -> list[list[int]]:
-        """The rows of one step in micro-batches of at most `batch_tokens`: best fit, longest first. Largest micro-batch first."""
+        """The rows of one step in micro-batches of at most `batch_tokens`, as many tokens for each lane as can be. Largest micro-batch first."""
+        loads, lanes = [0] * self.lanes, [[] for _ in range(self.lanes)]
+        for row in sorted(rows, key=lambda r: (-self.lengths[r], r)):
+            lane = min(range(self.lanes), key=lambda n: (loads[n], n))
+            lanes[lane].append(row)
+            loads[lane] += self.lengths[row]
+        return sorted((p for lane in lanes for p in self._fitted(lane)), key=lambda p: (-sum(self.lengths[r] for r in p), p))
+
+    def _fitted(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows, longest first, in micro-batches: each goes where it leaves least room."""
         packs: list[list[int]] = []
         room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-        for row in sorted(rows, key=lambda r: (-self.lengths[r], r)):
+        for row in rows:
             size = self.lengths[row]
             at = bisect_left(room, (size, -1))
             if at == len(room) or self.alone:
@@ -82,7 +93,7 @@ class Plan:
                 free, pack = room.pop(at)
                 packs[pack].append(row)
                 insort(room, (free - size, pack))
-        return sorted(packs, key=lambda p: (-sum(self.lengths[r] for r in p), p))
+        return packs
 
     def share(self, packs: Sequence[list[int]], world: int) -> list[list[int]]:
         """Numbers of the packs that each rank takes: the largest first, each to the rank with the fewest tokens so far."""

@@ -7,12 +7,14 @@ in float32 under every ZeRO stage. Forward passes run under torch's autocast, so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.errors import TrainingError
 from ftpipe.train import optimizer_state
+from ftpipe.train.forward import check_loss
+from ftpipe.train.lanes import Gradients, gradients
 from ftpipe.train.optimizer_state import OptimizerState
 from ftpipe.train.run import Batch, Run
 
@@ -131,10 +133,22 @@ class Engine:
         self.run.model.train()
         return found.float().cpu()
 
+    def gradients(self, batches: Sequence[Batch]) -> float:
+        """Forward and backward passes of all of this rank's micro-batches; returns the sum of their losses."""
+        if self.run.lanes:
+            given = gradients(self.run, [b for b in batches if b.weight], self.share, list(self.parameters.values()))
+            self.backward(self.deepspeed(given), last=True)
+            return given.loss
+        total = 0.0
+        for i, batch in enumerate(batches):
+            loss = self.loss(batch)
+            self.backward(loss, last=i == len(batches) - 1)
+            total += float(loss.detach())
+        return total
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Backward pass of a micro-batch; gradients are reduced over the ranks by the end of the last one."""
-        if not bool(loss.isfinite()):
-            raise TrainingError(f"the loss is {float(loss.detach())}", remedy="lower the learning rate, or look at these rows")
+        check_loss(float(loss.detach()))
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
@@ -258,8 +272,10 @@ def _root() -> type:
             self.model = run.model
             self._run, self._engine = (run,), (engine,)
 
-        def forward(self, batch: Batch | torch.Tensor, look: Callable[[Run, Batch], torch.Tensor] | None = None) -> torch.Tensor:
+        def forward(self, batch: Batch | Gradients | torch.Tensor, look: Callable[[Run, Batch], torch.Tensor] | None = None) -> torch.Tensor:
             run, engine = self._run[0], self._engine[0]
+            if isinstance(batch, Gradients):
+                return batch.as_loss()
             with ExitStack() as stack:
                 stack.enter_context(run.autocast())
                 if torch.is_tensor(batch):

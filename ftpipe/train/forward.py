@@ -6,6 +6,7 @@ mask and no key-value cache. `check_packing` proves at the start of each run tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,12 @@ def _token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return losses(hidden, batch.targets)
     return torch.cat([torch.utils.checkpoint.checkpoint(losses, h, t, use_reentrant=False)
                       for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)])
+
+
+def check_loss(loss: float) -> None:
+    """Raise TrainingError if the loss of a micro-batch is no number."""
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss}", remedy="lower the learning rate, or look at these rows")
 
 
 def memory_ran_out(error: BaseException) -> bool:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.errors import TrainingError
-from ftpipe.train import checkpoint
+from ftpipe.models.lanes import LANES
+from ftpipe.train import checkpoint, lanes
 from ftpipe.train.engine import Engine
 from ftpipe.train.forward import check_packing, memory_ran_out
 from ftpipe.train.objective.base import Example
@@ -38,7 +39,8 @@ def train(job: Job, report: Reporter) -> None:
         resumed = checkpoint.latest(Path(job.checkpoints))
         run = prepare(job, report, resumed.memory if resumed else {})
         rows = await_rows(Path(job.tokens), report)
-        plan = plan_of(job, rows)
+        run.lanes = lanes.make(run, job.threads)
+        plan = plan_of(job, rows, LANES if run.lanes else 1)
         steps = list(plan.steps(**job.stop))
         run.steps = len(steps)
         report.alive("checking that packed rows do not see each other")

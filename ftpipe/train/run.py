@@ -13,6 +13,7 @@ from ftpipe.errors import TrainingError
 if TYPE_CHECKING:
     import torch
 
+    from ftpipe.models.lanes import Lanes
     from ftpipe.models.quantize.base import Quantizer
     from ftpipe.train.adapt.base import Adapt
     from ftpipe.train.engine import Engine
@@ -92,6 +93,7 @@ class Run:
         seed, step, steps, epoch: steps are counted from 0; during a step `step` is its number, `steps` the number there will be.
         quantize: the method of models/quantize that made the base small, or None.
         engine: access to parameters, gradients and the DeepSpeed engine under any ZeRO stage. None until the parts are prepared.
+        lanes: where micro-batches are computed side by side, None if one after the other.
         memory: what a part must remember from step to step (tensors, numbers, text), the same on every rank. Checkpoints keep it. Use keys that
             start with the method's name. After a kill it is there again before any part is prepared, so that none of them computes its start anew.
         cache: what a part keeps in memory but can make again (a reference model); not in checkpoints.
@@ -119,6 +121,7 @@ class Run:
     optimizer: Optimizer | None = None
     quantize: Quantizer | None = None
     engine: Engine | None = None
+    lanes: Lanes | None = None
     calibration: Callable[[int], list[Batch]] = _no_rows
     alive: Callable[[str], None] = lambda doing: None
     memory: dict[str, Any] = field(default_factory=dict)

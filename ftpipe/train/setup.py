@@ -250,6 +250,7 @@ def await_rows(path: Path, report: Reporter) -> Rows:
     return Rows(path)
 
 
-def plan_of(job: Job, rows: Rows) -> Plan:
-    """The plan of the job's steps over these rows."""
-    return Plan(lengths=rows.lengths, times=rows.times, seed=job.seed, **job.plan)
+def plan_of(job: Job, rows: Rows, lanes: int = 1) -> Plan:
+    """The plan of the job's steps over these rows. lanes: micro-batches that a rank computes at the same time, which share `batch_tokens`."""
+    each = {"batch_tokens": max(1, job.plan["batch_tokens"] // lanes), "lanes": lanes * job.world if lanes > 1 else 1}
+    return Plan(lengths=rows.lengths, times=rows.times, seed=job.seed, **job.plan | each)

@@ -83,8 +83,9 @@ def group(folder: Path, world: int = 1):
 
 def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str = "float32", clip: float = 1.0, world: int = 1, rank: int = 0,
               adapt: Any = None, objective: Any = None, optimizer: Any = None, regularizers: tuple[Any, ...] = (), seed: int = 1,
-              rows: list[Example] | None = None, memory: dict[str, Any] | None = None, quantize: Any = None) -> Run:
-    """A prepared run with its engine. rows: what a method is shown that looks at data before training; memory: what a checkpoint kept."""
+              rows: list[Example] | None = None, memory: dict[str, Any] | None = None, quantize: Any = None, threads: int = 0) -> Run:
+    """A prepared run with its engine. rows: what a method is shown that looks at data before training; memory: what a checkpoint kept.
+    threads: with kernels, and lanes for so many threads where they are possible."""
     import torch
 
     from ftpipe import slots
@@ -121,6 +122,12 @@ def small_run(model: Path, *, zero: int = 0, offload: bool = False, dtype: str =
     for regularizer in run.regularizers:
         regularizer.prepare(run)
     run.objective.prepare(run)
+    if threads:
+        from ftpipe.models import kernels
+        from ftpipe.train import lanes
+
+        kernels.install(run.model)
+        run.lanes = lanes.make(run, threads)
     run.engine = Engine(run, clip)
     return run
 
@@ -171,6 +178,7 @@ CASES = {f"zero {z}": {"zero": z} for z in range(4)} | {
     "gmt": {"zero": 3, "adapt": {"gmt": {"keep_ratio": 0.2}}, "optimizer": {"adamw": {"eps": 0.1}}},
     "s2ft": {"zero": 3, "adapt": {"s2ft": {"down": 0.1, "output": 0.4, "up": 0.05, "value": 0.5}}},
     "kto": {"zero": 2, "objective": "kto", "batch_tokens": 60, "rows_per_step": 5},
+    "lanes": {"zero": 2, "threads": 2, "batch_tokens": 50, "rows_per_step": 5},
     "talr": {"zero": 2, "objective": "talr", "batch_tokens": 50, "rows_per_step": 5},
     "noise": {"zero": 3, "regularizers": [{"noisefit": {"layers": 1, "noise_std": 1.0}}, "masked_thought", "neftune"], "batch_tokens": 50, "rows_per_step": 5},
 }

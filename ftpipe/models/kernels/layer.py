@@ -108,7 +108,7 @@ class DecoderLayer(torch.autograd.Function):
         gated, low_gate_up = lora.project(h2, gate_up.weight, gate_up.bias, *pairs[2])
         gate, up = gated.split(gate_up.outs, 1)
         result, low_down = lora.project(nn.functional.silu(gate).mul_(up), down.weight, down.bias, *pairs[3])
-        ctx.save_for_backward(x, cos, sin, h, scale, rows, attended, middle, h2, scale2, gated, low_qkv, low_output, low_gate_up, low_down,
+        ctx.save_for_backward(x, cos, sin, scale, rows, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down,
                               *(t for pair in pairs for t in pair), *kept)
         ctx.plan, ctx.types = plan, [a.dtype for a in adapters]
         return result.add_(middle)
@@ -117,7 +117,7 @@ class DecoderLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        (x, cos, sin, h, scale, rows, attended, middle, h2, scale2, gated, low_qkv, low_output, low_gate_up, low_down, *pairs) = ctx.saved_tensors
+        (x, cos, sin, scale, rows, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down, *pairs) = ctx.saved_tensors
         kept = pairs[8:]
         qkv, output, gate_up, down = plan.groups
         wanted = ctx.needs_input_grad[0]
@@ -129,7 +129,7 @@ class DecoderLayer(torch.autograd.Function):
         d_gate, d_up = d_gated.split(gate_up.outs, 1)
         torch.mul(d, active, out=d_up)
         torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
-        d, da_gate_up, db_gate_up = lora.project_backward(d_gated, h2, low_gate_up, gate_up.weight, *pairs[4:6])
+        d, da_gate_up, db_gate_up = lora.project_backward(d_gated, rms_norm.scaled(middle, plan.norms[1][0], scale2), low_gate_up, gate_up.weight, *pairs[4:6])
         d_middle = rms_norm.norm_backward(d, middle, plan.norms[1][0], scale2).add_(grad)
 
         d, da_output, db_output = lora.project_backward(d_middle, attended, low_output, output.weight, *pairs[2:4])
@@ -139,6 +139,7 @@ class DecoderLayer(torch.autograd.Function):
         d_heads = attention.apart(d_rows, plan.lengths, plan.heads)
         turned = sum(plan.heads[:2])
         d_heads[:, :turned] = _turned(d_heads[:, :turned], cos, sin, back=True)
+        h = rms_norm.scaled(x, plan.norms[0][0], scale)
         d, da_qkv, db_qkv = lora.project_backward(d_heads.view(len(x), -1), h, low_qkv, qkv.weight, *pairs[0:2], wanted)
         dx = rms_norm.norm_backward(d, x, plan.norms[0][0], scale).add_(d_middle) if wanted else None
 
@@ -180,6 +181,16 @@ def install(model: nn.Module) -> int:
         if id(parameter) not in joined and not parameter.requires_grad:
             parameter.data = parameter.data.clone()  # else the file that all weights were mapped from stays in memory for these
     return found
+
+
+def serves(model: nn.Module) -> bool:
+    """Whether every decoder layer would be computed by this function in the model's present mode, all that trains is in them, and nobody listens elsewhere."""
+    forwards = {m: vars(m)["forward"].__func__ for m in model.modules() if isinstance(getattr(vars(m).get("forward"), "__func__", None), Forward)}
+    if len(forwards) != model.config.num_hidden_layers or any(_hooked(m) for m in model.modules()):
+        return False
+    plans = [forward.plan(layer, **_sample(layer)) for layer, forward in forwards.items()]
+    held = {id(p) for plan in plans if plan for p in plan.adapters()}
+    return all(plans) and all(id(p) in held for p in model.parameters() if p.requires_grad)
 
 
 def _consists_of_this(module: nn.Module) -> bool:

@@ -33,10 +33,15 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * wide.mul(scale).to(x.dtype), scale
 
 
+def scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The normed x again, from what `norm` found."""
+    return weight * x.float().mul(scale).to(x.dtype)
+
+
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient of x."""
     g = (grad * weight).float().mul_(scale)
-    unit = x.float().mul_(scale)
+    unit = x.float().mul(scale)
     return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).to(x.dtype)
 
 

@@ -48,12 +48,15 @@ class Objective(Method):
         formats: formats of rows it trains on (see `data.rows.rows_schema`).
         sequences: how many sequences one row becomes.
         unit: what `Batch.count` counts; shown in logs.
+        side_by_side: whether `loss` may be called for several micro-batches at the same time: it draws no random numbers, does not switch the
+            model's adapter or mode, and writes to nothing but its batch and `run.sums`. It is said by the class that defines `loss`.
     """
 
     slot: ClassVar[str] = "train/objective"
     formats: ClassVar[tuple[str, ...]] = ("messages", "text")
     sequences: ClassVar[int] = 1
     unit: ClassVar[str] = "tokens"
+    side_by_side: ClassVar[bool] = False
 
     def encode(self, rows: Iterable[dict[str, Any]], renderer: Renderer) -> Iterator[Example | DataError]:
         """Each row as an `Example`, or the error that says why it cannot be one. One sequence per row, rendered for training, by default."""

@@ -21,6 +21,7 @@ class Dft(Objective):
     paper: ClassVar[str] = "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"
     formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    side_by_side: ClassVar[bool] = True
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 
     def loss(self, run: Run, batch: Batch) -> torch.Tensor:

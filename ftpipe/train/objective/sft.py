@@ -18,6 +18,7 @@ class Sft(Objective):
 
     formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    side_by_side: ClassVar[bool] = True
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 
     def loss(self, run: Run, batch: Batch) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Talr(Objective):
     paper: ClassVar[str] = "SFT Doesn't Always Hurt General Capabilities: Revisiting Domain-Specific Fine-Tuning in LLMs"
     formats: ClassVar[tuple[str, ...]] = ("messages", "text", "preference", "unpaired")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    side_by_side: ClassVar[bool] = True
     support: ClassVar[tuple[str, ...]] = ("ftpipe.train.forward",)
 
     tau: float | None = Field(default=None, gt=0, description="Temperature in nats, fixed; the median loss of the step's sequences if not set.")

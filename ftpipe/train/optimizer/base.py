@@ -42,11 +42,7 @@ class Optimizer(Method):
         `run.engine.loss(batch)` is the batch's part of the step's mean loss, times the number of ranks (DeepSpeed averages over them). All ranks hold
         equally many micro-batches. A method without a backward pass overrides this, and sets `run.engine.norm`.
         """
-        total = 0.0
-        for i, batch in enumerate(batches):
-            loss = run.engine.loss(batch)
-            run.engine.backward(loss, last=i == len(batches) - 1)
-            total += float(loss.detach())
+        total = run.engine.gradients(batches)
         run.engine.on_gradients()
         run.engine.update()
         return total
