@@ -87,8 +87,7 @@ class Engine:
         with gathered(everything.values(), self.run.zero):
             # Under ZeRO 3 every parameter has to be whole before it can be spread anew: its type or its place may change.
             values = {n: p.detach().clone() for n, p in everything.items()} if self.run.zero == 3 else {n: self.value(n) for n in self.names}
-        self.deepspeed.destroy()
-        self.deepspeed.optimizer = None  # else it takes the parameters from the next engine too, when it is collected
+        self.destroy()
         for name, parameter in everything.items():
             for attribute in [a for a in vars(parameter) if a.startswith("ds_")]:
                 delattr(parameter, attribute)
@@ -100,6 +99,11 @@ class Engine:
             parameter.grad = None
         self.build()
         self.restore({n: s for n, s in state.items() if n in wanted and n not in forgotten})
+
+    def destroy(self) -> None:
+        """Let DeepSpeed's engine go; another may be built over the same parameters."""
+        self.deepspeed.destroy()
+        self.deepspeed.optimizer = None  # else it takes the parameters from the next engine too, when it is collected
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of every group, times the group's own scale."""

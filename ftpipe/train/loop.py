@@ -18,7 +18,7 @@ from ftpipe.errors import TrainingError
 from ftpipe.models.lanes import LANES
 from ftpipe.train import checkpoint, lanes
 from ftpipe.train.engine import Engine
-from ftpipe.train.forward import check_packing, memory_ran_out
+from ftpipe.train.forward import check_packing, memory_ran_out, token_losses
 from ftpipe.train.objective.base import Example
 from ftpipe.train.run import Batch, Run, derive_seed
 from ftpipe.train.setup import Job, Rows, await_rows, plan_of, prepare, process_group
@@ -236,9 +236,20 @@ def _explained(run: Run, batches: Sequence[Batch]):
 
 
 def _where(run: Run, batches: Sequence[Batch]) -> str:
-    bad = [b.row_ids[i] for b in batches if b.losses is not None for i in sorted(set(b.rows()[~b.losses.isfinite()].tolist()))]
+    bad = [b.row_ids[i] for b in batches if b.losses is not None for i in _bad_rows(run, b)]
     ids = bad or [i for b in batches for i in b.row_ids]
     return f"step {run.step + 1}, rank {run.rank}, {_some(list(dict.fromkeys(ids)))}"
+
+
+def _bad_rows(run: Run, batch: Batch) -> list[int]:
+    """Rows of a micro-batch that have a loss that is no number: those that have one alone too, if there are such (they spoil others that share products)."""
+    import torch
+
+    rows = sorted(set(batch.rows()[~batch.losses.isfinite()].tolist()))
+    if len(rows) < 2 or run.zero == 3:
+        return rows
+    with torch.no_grad(), run.autocast():
+        return [r for r in rows if any(not bool(token_losses(run.model, s).isfinite().all()) for s in batch.of_row(r))] or rows
 
 
 def _out_of_memory(batches: Sequence[Batch], where: str) -> TrainingError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ftpipe.errors import TrainingError
@@ -64,6 +64,16 @@ class Batch:
     def rows(self) -> torch.Tensor:
         """Which of the rows of the batch each target belongs to: int64 [K]."""
         return self.sequence // (len(self.spans()) // len(self.row_ids))
+
+    def of_row(self, row: int) -> list[Batch]:
+        """The sequences of one of its rows, each in a batch of its own."""
+        found, spans = [], self.spans()
+        each = len(spans) // len(self.row_ids)
+        for number in range(row * each, (row + 1) * each):
+            (start, end), mine = spans[number], self.sequence == number
+            found.append(replace(self, input_ids=self.input_ids[:, start:end], position_ids=self.position_ids[:, start:end], sources=self.sources[mine] - start,
+                                 targets=self.targets[mine], sequence=self.sequence[mine] - number, row_ids=[self.row_ids[row]], losses=None))
+        return found
 
     def spans(self) -> list[tuple[int, int]]:
         """Start and end of each sequence of the batch, in order."""

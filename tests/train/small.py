@@ -157,9 +157,9 @@ def resumed(folder: Path, model: Path, rows: list[Example], n: int, at: int, **s
     broken = small_run(model, **settings)
     steps(broken, rows, at)
     checkpoint.write(folder, checkpoint.Checkpoint(at, broken.engine.trained(), broken.engine.optimizer_state(), list(broken.engine.names), broken.memory))
-    broken.engine.deepspeed.destroy()
+    broken.engine.destroy()
     run = small_run(model, **settings)
-    run.engine.deepspeed.destroy()
+    run.engine.destroy()
     kept = checkpoint.latest(folder)
     _restore(run, kept)
     run.engine = Engine(run, 1.0, touched=kept.parameters)
@@ -192,7 +192,7 @@ def case(model: Path, settings: dict[str, Any], **where: int) -> dict[str, Any]:
     records = steps(run, judged(24) if settings.get("objective") == "kto" else examples(), 4, **take)
     values = {n: v.flatten().tolist() for n, v in run.engine.state().items()}
     state = {n: {k: float(v.sum()) for k, v in s.items()} for n, s in run.engine.optimizer_state().items()}
-    run.engine.deepspeed.destroy()
+    run.engine.destroy()
     return {"records": records, "values": values, "state": state}
 
 

@@ -113,7 +113,7 @@ def test_a_method_with_a_memory_goes_on_after_a_kill_as_if_nothing_had_been(mode
     steps(broken, examples(), 5)
     checkpoint.write(tmp_path, checkpoint.Checkpoint(5, broken.engine.trained(), broken.engine.optimizer_state(), list(broken.engine.names), broken.memory))
     resumed = small_run(model, adapt=Chain(r=2), zero=zero)
-    resumed.engine.deepspeed.destroy()
+    resumed.engine.destroy()
     kept = checkpoint.latest(tmp_path)
     assert _restore(resumed, kept)[0] == 5
     resumed.engine = Engine(resumed, 1.0, touched=kept.parameters)

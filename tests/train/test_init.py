@@ -415,7 +415,7 @@ def test_a_resumed_run_takes_its_start_from_the_checkpoint(model, name, zero, tm
     resumed = small_run(model, adapt=METHODS[name], zero=zero, rows=examples(2, seed=9), memory=kept.memory)
     start = small_run(model, adapt=METHODS[name]).trainable()
     assert all(p.equal(start[n]) for n, p in resumed.trainable().items()), "prepare gives the start, for those parts that remember it"
-    resumed.engine.deepspeed.destroy()
+    resumed.engine.destroy()
     assert _restore(resumed, kept)[0] == 3
     resumed.engine = Engine(resumed, 1.0, touched=kept.parameters)
     resumed.engine.restore(kept.optimizer)

@@ -35,7 +35,7 @@ def resumed_after(run, make, folder, rows, first, n, **how):
 
     checkpoint.write(folder, checkpoint.Checkpoint(first, run.engine.trained(), run.engine.optimizer_state(), list(run.engine.names), run.memory))
     fresh = make()
-    fresh.engine.deepspeed.destroy()
+    fresh.engine.destroy()
     kept = checkpoint.latest(folder)
     assert _restore(fresh, kept)[0] == first
     fresh.engine = Engine(fresh, fresh.engine.clip, touched=kept.parameters)
@@ -112,7 +112,7 @@ def test_offload_reaches_the_ranks(model, tmp_path):
 def small_values(model):
     run = small_run(model)
     found = values(run)
-    run.engine.deepspeed.destroy()
+    run.engine.destroy()
     return found
 
 

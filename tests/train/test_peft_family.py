@@ -133,7 +133,7 @@ def test_adalora_goes_on_after_a_kill_as_if_nothing_had_been(model, tmp_path, ze
     resumed = small_run(model, adapt=ADALORA, zero=0)
     resumed.zero = zero
     _restore(resumed, kept)
-    resumed.engine.deepspeed.destroy()
+    resumed.engine.destroy()
     resumed.engine = Engine(resumed, 1.0, touched=kept.parameters)
     resumed.engine.restore(kept.optimizer)
     found = steps(resumed, examples(), 8, first=5)

@@ -76,7 +76,7 @@ def test_only_lora_changes_and_the_zero_stages_agree(name, model, tmp_path):
         (tmp_path / str(zero)).mkdir()
         run.adapt.save(run.model, run.engine.state(), tmp_path / str(zero))
         saved[zero] = load_file(tmp_path / str(zero) / "adapter_model.safetensors")
-        run.engine.deepspeed.destroy()
+        run.engine.destroy()
     assert set(found) == {0, 1, 2, 3}
     for zero in found:
         torch.testing.assert_close(probes[zero], probes[0], rtol=1e-4, atol=1e-5)

@@ -31,8 +31,8 @@ def test_a_model_that_mixes_packed_rows_stops_before_its_first_step(model, tmp_p
 
     with monkeypatch.context() as broken:
         broken.setattr(masks, "find_packed_sequence_indices", lambda position_ids: None)
-        whole = attention._lengths
-        broken.setattr(attention, "_lengths", lambda *a: found and [sum(found)] if (found := whole(*a)) else found)
+        whole = attention.sequences
+        broken.setattr(attention, "sequences", lambda *a: found and (sum(found),) if (found := whole(*a)) else found)
         with pytest.raises(TrainingError, match="rows of one sequence see each other") as caught:
             planted.in_process(tmp_path / "broken", model, monkeypatch, kernels=kernels, steps=1, report=Hears())
     assert "packing: false" in caught.value.remedy and caught.value.where.startswith("rows r") and "step" not in heard
