@@ -10,7 +10,7 @@ from functools import lru_cache
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 
 
-SHAPES = 128
+SHAPES = 96
 """How many of the kernels that are made for one shape of operands are kept: about those of one micro-batch."""
 
 
