@@ -274,6 +274,18 @@ def test_layers_of_other_models(family, served_layers):
     torch.testing.assert_close(model(**call).logits, stock, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_stay_where_they_are_if_the_layer_function_cannot_be_used(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    for change in ("attention", "training"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(change == "training")
+        if change == "attention":
+            model.set_attn_implementation("eager")
+        before = [p.data_ptr() for p in model.parameters()]
+        assert kernels.install(model)["layer"] == 0
+        assert [p.data_ptr() for p in model.parameters()] == before
+
+
 def test_a_window_shorter_than_a_sequence_is_left_to_the_layer(monkeypatch):
     import transformers
 

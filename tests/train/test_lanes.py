@@ -139,6 +139,7 @@ def test_each_lane_gets_as_many_tokens():
     draw = random.Random(0)
     lengths = [draw.randint(5, 400) for _ in range(200)]
     plan = Plan(lengths, [1] * 200, 0, 384, rows_per_step=16, lanes=2)
+    apart = tokens = 0
     for rows in plan.epoch(0):
         packs = plan.packs(rows)
         assert sorted(r for p in packs for r in p) == sorted(rows)
@@ -146,4 +147,5 @@ def test_each_lane_gets_as_many_tokens():
         loads = [0, 0]
         for pack in packs:  # as two threads would take them
             loads[loads.index(min(loads))] += sum(lengths[r] for r in pack)
-        assert abs(loads[0] - loads[1]) < 0.35 * sum(loads)
+        apart, tokens = apart + abs(loads[0] - loads[1]), tokens + sum(loads)
+    assert apart < 0.02 * tokens  # 0.041 without regard to lanes

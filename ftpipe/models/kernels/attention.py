@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences on a CPU: each sequence by itself, in matrix products.
+"""Causal attention over packed sequences on a CPU: each sequence by itself, or a few short ones together, in matrix products.
 
 Torch's fused attention spends 9 ms forward and 22 ms backward on 512 tokens of 9 heads of 64 (bf16, one core of an AMD EPYC), as much as all linear layers of
 that block together, and works through the whole square of a packed batch. Products of one sequence at a time reach the speed of any other product

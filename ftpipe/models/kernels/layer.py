@@ -170,6 +170,8 @@ def install(model: nn.Module) -> int:
     The weights of layers that are joined then lie in one tensor, of which each layer holds its part.
     """
     found, joined = 0, set()
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != attention.NAME:
+        return 0  # on a GPU, or with attention of another kind, it would never be used, and weights are not moved for nothing
     for module in model.modules():
         if _consists_of_this(module):
             forward = Forward(module)
@@ -272,7 +274,8 @@ def _groups(layer: Any) -> list[list[nn.Module]]:
 def _join(bases: list[Any]) -> tuple[Tensor, Tensor | None] | None:
     """Put the weights of plain linear layers into one tensor, biases likewise. None if there is but one, or they are not of one kind."""
     first = bases[0]
-    if len(bases) == 1 or any(type(b) is not nn.Linear or b.weight.dtype != first.weight.dtype or (b.bias is None) != (first.bias is None) for b in bases):
+    if len(bases) == 1 or any(type(b) is not nn.Linear or b.weight.requires_grad or b.weight.dtype != first.weight.dtype
+                              or (b.bias is None) != (first.bias is None) for b in bases):
         return None
     weight = torch.cat([b.weight.detach() for b in bases])
     bias = None if first.bias is None else torch.cat([b.bias.detach() for b in bases])
