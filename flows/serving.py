@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import signal
 from datetime import UTC, datetime
@@ -59,7 +60,20 @@ def serve_flow(config_path: str | Path, *, cron: str | None, interval: float | N
         try:
             asyncio.run(runner.start())
         except KeyboardInterrupt:
+            _let_go(id)
             print("stopped; the schedule is paused until it is served again", flush=True)
+
+
+def _let_go(deployment: Any) -> None:
+    """End the runs that the runner left unended as it ended itself. Where the server is gone too, the next `ftpipe serve` does it."""
+    import httpx
+    from prefect import get_client
+
+    from flows.stale import end_unbegun, mark_crashed
+
+    with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        end_unbegun(client, deployment)
+        mark_crashed()
 
 
 def _runner(name: str, limit: int) -> Any:

@@ -47,12 +47,14 @@ def test_scheduled_runs_build_once_and_then_find_nothing_to_do(server, kinds, tm
         look(f"{ui}/artifacts/artifact/{table['id']}", ["nightly-rows", *json.loads(table["data"])[0]])
         coming = api.runs(deployment, "SCHEDULED")[:6][-1]  # not the very next: it may have begun before the page is drawn
         look(f"{ui}/deployments/deployment/{deployment}?tab=Upcoming", ["nightly", "Every 12 seconds", coming["name"]], picture=tmp_path / "schedule.png")
+        wait_for(lambda: api.runs(deployment, "PENDING"), 60, what="a run that is taken on and has not begun")
         process.terminate()
         assert process.wait(40) == 0
+    wait_for(lambda: not api.runs(deployment, "PENDING", "RUNNING"), 20, what="the end of the run that nobody executes any more")
     assert not api.deployment("nightly")["schedules"][0]["active"] or api.deployment("nightly")["paused"]
     before = len(api.runs(deployment, "COMPLETED"))
-    taken = api.start(deployment)  # a run that a runner took on and did not begin: it holds the deployment's only place
-    assert api.post(f"/flow_runs/{taken}/set_state", {"state": {"type": "PENDING"}})["status"] == "ACCEPT"
+    taken = api.start(deployment)  # a run of a runner that was killed before it began: it holds the deployment's only place
+    wait_for(lambda: api.post(f"/flow_runs/{taken}/set_state", {"state": {"type": "PENDING"}})["status"] == "ACCEPT", 60, what="a free place")
     with serving(config, api, env, "--every", "5", "--catch-up"):
         wait_for(lambda: [r for r in api.runs(deployment) if not r["auto_scheduled"]], 60, what="the run that makes up for those missed meanwhile")
         wait_for(lambda: len(api.runs(deployment, "COMPLETED")) > before, 240, what="its end")
@@ -73,7 +75,7 @@ def _settled(api, run: str):
 def test_a_second_run_waits_for_the_first(server, kinds, tmp_path):
     api, home = server
     config = write_pipeline(tmp_path, {"rows": CHAIN["rows"], "adapter": CHAIN["adapter"] | {"steps": 16, "pause": 0.5}}, name="busy")
-    with serving(config, api, environment(home, kinds)) as (_, deployment):
+    with serving(config, api, environment(home, kinds)) as (process, deployment):
         ids = [api.start(deployment), api.start(deployment)]
         most = 0
         end = time.monotonic() + 90
@@ -83,6 +85,11 @@ def test_a_second_run_waits_for_the_first(server, kinds, tmp_path):
         states = [api.run(i)["state"] for i in ids]
         assert [s["type"] for s in states] == ["COMPLETED", "COMPLETED"] and most == 1
         assert sorted("nothing to do" in s["message"] for s in states) == [False, True]
+        taken = api.start(deployment, after="2100-01-01T00:00:00Z")
+        api.post(f"/flow_runs/{taken}/set_state", {"state": {"type": "PENDING"}, "force": True})
+        process.terminate()
+        assert process.wait(40) == 0
+        assert "ended before this run began" in api.run(taken)["state"]["message"], "a stopped runner leaves a run that holds the deployment's only place"
 
 
 def test_commands_without_a_server_bring_one_each(kinds, tmp_path):

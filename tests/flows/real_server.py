@@ -67,8 +67,10 @@ class Api:
             where["state"] = {"type": {"any_": list(states)}}
         return self.post("/flow_runs/filter", {"flow_runs": where, "sort": "EXPECTED_START_TIME_ASC", "limit": 200})
 
-    def start(self, deployment: str) -> str:
-        return self.post(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
+    def start(self, deployment: str, after: str | None = None) -> str:
+        """A new run of a deployment, for now or (ISO 8601) later."""
+        when = {"state_details": {"scheduled_time": after}} if after else {}
+        return self.post(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"} | when})["id"]
 
     def run(self, id: str) -> Any:
         return self.get(f"/flow_runs/{id}")
