@@ -26,6 +26,7 @@ class Lanes:
         together = threading.Barrier(LANES)
 
         def begin(_: int) -> None:
+            torch.get_num_threads()  # a thread that asks for it first later on, as every operation does, would be given the process's number
             torch.set_num_threads(max(1, threads // LANES))
             together.wait()  # so that each thread has begun
 

@@ -30,7 +30,7 @@ def fingerprint(modules: Iterable[str]) -> dict[str, str]:
         path = _file(module)
         if path is None:
             continue
-        found[module], imported = _read(str(path), path.stat().st_mtime_ns, module)
+        found[module], imported = _read(path, tuple(p.stat().st_mtime_ns for p in _sources(path)), module)
         queue.extend(imported)
     return dict(sorted(found.items()))
 
@@ -49,11 +49,16 @@ def _file(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
+def _sources(path: Path) -> list[Path]:
+    """A module's file, and the C code of the same name beside it."""
+    return [path, *(p for p in [path.with_suffix(".c")] if p.exists())]
+
+
 @lru_cache(maxsize=1024)
-def _read(path: str, mtime: int, module: str) -> tuple[str, tuple[str, ...]]:
+def _read(path: Path, mtimes: tuple[int, ...], module: str) -> tuple[str, tuple[str, ...]]:
     """Hash of a source file's meaning, and the ftpipe modules it imports anywhere in it."""
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     imported = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -66,7 +71,7 @@ def _read(path: str, mtime: int, module: str) -> tuple[str, tuple[str, ...]]:
                 imported += [parent, *(f"{parent}.{a.name}" for a in node.names)]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    text = ast.dump(tree, include_attributes=False)
+    text = "".join([ast.dump(tree, include_attributes=False), *(p.read_text(encoding="utf-8") for p in _sources(path)[1:])])
     return hashlib.sha256(text.encode()).hexdigest()[:12], tuple(dict.fromkeys(i for i in imported if i != "ftpipe"))
 
 

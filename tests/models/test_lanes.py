@@ -34,6 +34,19 @@ def test_lanes_share_the_threads_and_the_process_keeps_its_own(two):
     assert torch.get_num_threads() == 2
 
 
+def test_a_lane_keeps_to_its_share_of_the_threads_whatever_it_computes(two):
+    """Torch gives a thread the process's number when it first asks, which undoes what was set before."""
+
+    def work(_):
+        x = torch.randn(64, 64, requires_grad=True)
+        (x @ x).softmax(-1).sum().backward()
+        return torch.get_num_threads()
+
+    assert set(two.results(work, range(6))) == {1}
+    wide = Lanes(6)
+    assert set(wide.results(work, range(6))) == {3} and torch.get_num_threads() == 6
+
+
 def test_after_an_error_nothing_is_begun_and_nothing_runs(two):
     begun, ended = [], []
 

@@ -82,6 +82,9 @@ def test_changed_code_reruns_and_changed_comments_do_not(project: Path, tmp_path
     first = after("def f(x):\n    return x + 1\n")
     assert after('"""Words."""\n# words\ndef f(x):\n    """More words."""\n    return (x + 1)\n') == first
     assert after("def f(x):\n    return x + 2\n") != first
+    alone = fingerprint(["codepkg.part"])
+    module.with_suffix(".c").write_text("int f(int x) { return x + 2; }")
+    assert fingerprint(["codepkg.part"]) != alone  # C code of the same name decides too
 
 
 def test_code_reached_by_imports_is_part_of_the_key() -> None:

@@ -15,9 +15,12 @@ def install(model: Any, *, parameters_whole: bool = True) -> dict[str, int]:
 
     parameters_whole: False under ZeRO 3, where parameters are there only while the module they belong to is called.
     """
-    from ftpipe.models.kernels import attention, layer, lora, rms_norm, swiglu
+    from ftpipe.models.kernels import attention, layer, lora, native, rms_norm, swiglu
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    first = next(base.parameters())
+    if first.device.type == "cpu":
+        native.load(first.dtype)
     found = {"attention": attention.install(base), "swiglu": swiglu.install(model)}
     if parameters_whole:
         found |= {"lora": lora.install(model), "rms_norm": rms_norm.install(model)}

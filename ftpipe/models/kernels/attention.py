@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftpipe.models.kernels import native
+
 NAME = "ftpipe_packed"
 BLOCK = 256
 """Queries of a longer sequence that are taken at once; keys after the last of them are left out."""
@@ -118,15 +120,49 @@ class PackedAttention(torch.autograd.Function):
         return *(apart(g, ctx.lengths, (len(g) // sum(ctx.lengths),)).transpose(0, 1) for g in grads), None, None
 
 
-def together(x: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
+Rotary = tuple[Tensor, Tensor, int]
+"""cos and sin [T, d] of rotary positions, and in how many of a token's heads, the first ones, they are."""
+
+
+def together(x: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...], rotary: Rotary | None = None) -> Tensor:
     """[T, sum of heads, d] as rows [T * sum of heads, d]: first all rows of the first heads, then all of the second and so on; of each, one group of sequences
-    after the other, in it one head after the other, in that its tokens."""
-    return x.reshape(-1, x.shape[-1]).index_select(0, _order(lengths, heads)[0])
+    after the other, in it one head after the other, in that its tokens. Heads are turned on the way; x may be used up."""
+    size, order = x.shape[-1], _order(lengths, heads)
+    cos, sin, turned = rotary or (None, None, 0)
+    compiled = native.of(x, *(rotary or ())[:2])
+    if compiled is None:
+        if turned:
+            x[:, :turned] = _turned(x[:, :turned], cos, sin)
+        return x.reshape(-1, size).index_select(0, order[0])
+    rows = x.new_empty(len(order[0]), size)
+    compiled.gather(x, rows, order[0], cos, sin, len(rows), sum(heads), turned, size)
+    return rows
 
 
-def apart(rows: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
-    """What `together` made, as [T, sum of heads, d] again."""
-    return rows.index_select(0, _order(lengths, heads)[1]).view(-1, sum(heads), rows.shape[-1])
+def apart(rows: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...], rotary: Rotary | None = None) -> Tensor:
+    """What `together` made, as [T, sum of heads, d] again; with `rotary` the gradient of what it was given from that of its result."""
+    size, order = rows.shape[-1], _order(lengths, heads)
+    cos, sin, turned = rotary or (None, None, 0)
+    compiled = native.of(rows, *(rotary or ())[:2])
+    if compiled is None:
+        x = rows.index_select(0, order[1]).view(-1, sum(heads), size)
+        if turned:
+            x[:, :turned] = _turned(x[:, :turned], cos, sin, back=True)
+        return x
+    x = rows.new_empty(len(rows) // sum(heads), sum(heads), size)
+    compiled.gather_backward(rows, x, order[0], cos, sin, len(rows), sum(heads), turned, size)
+    return x
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """Rotary positions: x cos + (-second half, first half of x) sin, of x [T, heads, d]; with `back` the gradient of x from that of the result."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None]
+    found = x * cos
+    first, second = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
+    found[..., :half].addcmul_(x[..., half:], first, value=1 if back else -1)
+    found[..., half:].addcmul_(x[..., :half], second, value=-1 if back else 1)
+    return found
 
 
 @lru_cache(maxsize=16)
@@ -166,7 +202,7 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Sequenc
         for a, b in _blocks(length):
             qb, gb = _block(qs, a, b), _block(gs, a, b)
             p = _probabilities(qb, ks[:, :b], a, scale, group) if several else next(known)
-            ds = torch._softmax_backward_data(torch.bmm(gb, vs[:, :b].transpose(1, 2)), p, -1, p.dtype)
+            ds = _softmax_backward(torch.bmm(gb, vs[:, :b].transpose(1, 2)), p)
             _write(dqs, a, b, lambda to, ds=ds, ks=ks[:, :b]: _product(ds, ks, scale, out=to))
             if several:
                 sums[0][:, :b] += _product(ds.transpose(1, 2), qb, scale)
@@ -224,9 +260,23 @@ def _write(x: Tensor, a: int, b: int, compute: Callable[[Tensor], Any]) -> None:
 def _probabilities(q: Tensor, k: Tensor, first: int, scale: float, group: tuple[int, ...]) -> Tensor:
     """Causal probabilities of grouped queries [h, g * n, d], whose first is number `first` of its group, over keys [h, m, d]: [h, g * n, m]."""
     n, m = k.shape[1] - first, k.shape[1]
-    scores = _product(q, k.transpose(1, 2), scale).view(-1, n, m)
+    scores = _product(q, k.transpose(1, 2), scale)
+    compiled = native.of(scores)
+    if compiled is not None:
+        compiled.causal_softmax(scores, _starts(group) if len(group) > 1 else None, scores.numel() // m, m, n, first)
+        return scores
+    scores = scores.view(-1, n, m)
     scores[..., first:].add_(_hidden(n, scores.dtype) if len(group) == 1 else _hidden_of(group, scores.dtype))
     return torch.softmax(scores, -1).view(q.shape[0], -1, m)
+
+
+def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
+    """The gradient of scores from that of their probabilities p, which is used up."""
+    compiled = native.of(grad, p)
+    if compiled is None:
+        return torch._softmax_backward_data(grad, p, -1, p.dtype)
+    compiled.causal_softmax_backward(grad, p, p.numel() // p.shape[-1], p.shape[-1])
+    return grad
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -247,5 +297,12 @@ def _hidden(n: int, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=16)
 def _hidden_of(group: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The same, where the key is of another sequence too."""
-    number = torch.repeat_interleave(torch.arange(len(group)), torch.tensor(group))
-    return _hidden(len(number), dtype).masked_fill(number[:, None] != number, float("-inf"))
+    starts = _starts(group)
+    return _hidden(len(starts), dtype).masked_fill(starts[:, None] != starts, float("-inf"))
+
+
+@lru_cache(maxsize=16)
+def _starts(group: tuple[int, ...]) -> Tensor:
+    """Where the sequence of each token of a group begins."""
+    lengths = torch.tensor(group)
+    return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftpipe.models.kernels import native
+
 PRODUCT, SOFTMAX = 2**24, 2**21
 """Logits that exist at once, in the type of the weights (32 MB as bfloat16: products of fewer tokens are slower by up to half), and those of which the
 probabilities are computed at once, in float32 (8 MB, which stays in a cache)."""
@@ -32,7 +34,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         for at in range(0, len(targets), size or 1):
             logits = torch.nn.functional.linear(hidden[at:at + size].to(weight.dtype), weight, bias)
             for rows, target, loss in zip(logits.split(part), targets[at:at + size].split(part), losses[at:at + size].split(part), strict=True):
-                _softmax(rows, target[:, None], loss, wanted)
+                _softmax(rows, target, loss, wanted)
             if wanted:
                 torch.mm(logits, weight, out=grads[at:at + size])
         if wanted:
@@ -47,7 +49,11 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor, target: Tensor, loss: Tensor, wanted: bool) -> None:
-    """Write the loss of each row of logits [k, V] with target [k, 1] into `loss` [k] and, if `wanted`, its gradient into `logits`."""
+    """Write the loss of each row of logits [k, V] with target [k] into `loss` [k] and, if `wanted`, its gradient into `logits`."""
+    compiled = native.of(logits)
+    if compiled is not None:
+        return compiled.token_losses(logits, target.contiguous(), loss, *logits.shape, wanted)
+    target = target[:, None]
     wide = logits.to(torch.float32, copy=True)
     top = wide.amax(1, keepdim=True)
     at_target = wide.gather(1, target) - top

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ftpipe.models.kernels import attention, lora, rms_norm, swiglu
+from ftpipe.models.kernels import attention, lora, native, rms_norm, swiglu
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -96,18 +96,13 @@ class DecoderLayer(torch.autograd.Function):
         tokens = len(x)
         h, scale = rms_norm.norm(x, *plan.norms[0])
         joined, low_qkv = lora.project(h, qkv.weight, qkv.bias, *pairs[0])
-        heads = joined.view(tokens, sum(plan.heads), -1)
-        turned = sum(plan.heads[:2])
-        heads[:, :turned] = _turned(heads[:, :turned], cos, sin)
-        rows = attention.together(heads, plan.lengths, plan.heads)
+        rows = attention.together(joined.view(tokens, sum(plan.heads), -1), plan.lengths, plan.heads, (cos, sin, sum(plan.heads[:2])))
         out, kept = attention.attend(*_parts(rows, plan), plan.lengths, plan.scale, keep=any(ctx.needs_input_grad))
         attended = attention.apart(out, plan.lengths, plan.heads[:1]).view(tokens, -1)
         middle, low_output = lora.project(attended, output.weight, output.bias, *pairs[1])
-        middle += x
-        h2, scale2 = rms_norm.norm(middle, *plan.norms[1])
+        h2, scale2 = rms_norm.norm(middle, *plan.norms[1], more=x)
         gated, low_gate_up = lora.project(h2, gate_up.weight, gate_up.bias, *pairs[2])
-        gate, up = gated.split(gate_up.outs, 1)
-        result, low_down = lora.project(nn.functional.silu(gate).mul_(up), down.weight, down.bias, *pairs[3])
+        result, low_down = lora.project(swiglu.gate(gated), down.weight, down.bias, *pairs[3])
         ctx.save_for_backward(x, cos, sin, scale, rows, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down,
                               *(t for pair in pairs for t in pair), *kept)
         ctx.plan, ctx.types = plan, [a.dtype for a in adapters]
@@ -122,26 +117,20 @@ class DecoderLayer(torch.autograd.Function):
         qkv, output, gate_up, down = plan.groups
         wanted = ctx.needs_input_grad[0]
 
-        gate, up = gated.split(gate_up.outs, 1)
-        active = nn.functional.silu(gate)
-        d, da_down, db_down = lora.project_backward(grad, active * up, low_down, down.weight, *pairs[6:8])
-        d_gated = torch.empty_like(gated)
-        d_gate, d_up = d_gated.split(gate_up.outs, 1)
-        torch.mul(d, active, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
+        d, back = lora.input_backward(grad, down.weight, *pairs[6:8])
+        d_gated, product = swiglu.gate_backward(gated, d)
+        da_down, db_down = lora.pair_backward(grad, back, product, low_down)
         d, da_gate_up, db_gate_up = lora.project_backward(d_gated, rms_norm.scaled(middle, plan.norms[1][0], scale2), low_gate_up, gate_up.weight, *pairs[4:6])
-        d_middle = rms_norm.norm_backward(d, middle, plan.norms[1][0], scale2).add_(grad)
+        d_middle = rms_norm.norm_backward(d, middle, plan.norms[1][0], scale2, grad)
 
         d, da_output, db_output = lora.project_backward(d_middle, attended, low_output, output.weight, *pairs[2:4])
         d_rows = torch.empty_like(rows)
         d_out = attention.together(d.view(len(d), plan.heads[0], -1), plan.lengths, plan.heads[:1])
         attention.attend_backward(d_out, *_parts(rows, plan), kept, plan.lengths, plan.scale, _parts(d_rows, plan))
-        d_heads = attention.apart(d_rows, plan.lengths, plan.heads)
-        turned = sum(plan.heads[:2])
-        d_heads[:, :turned] = _turned(d_heads[:, :turned], cos, sin, back=True)
+        d_heads = attention.apart(d_rows, plan.lengths, plan.heads, (cos, sin, sum(plan.heads[:2])))
         h = rms_norm.scaled(x, plan.norms[0][0], scale)
         d, da_qkv, db_qkv = lora.project_backward(d_heads.view(len(x), -1), h, low_qkv, qkv.weight, *pairs[0:2], wanted)
-        dx = rms_norm.norm_backward(d, x, plan.norms[0][0], scale).add_(d_middle) if wanted else None
+        dx = rms_norm.norm_backward(d, x, plan.norms[0][0], scale, d_middle) if wanted else None
 
         about = plan.split(list(zip(ctx.types, ctx.needs_input_grad[4:], strict=True)))
         found = ((da_qkv, db_qkv), (da_output, db_output), (da_gate_up, db_gate_up), (da_down, db_down))
@@ -151,17 +140,6 @@ class DecoderLayer(torch.autograd.Function):
 def _parts(rows: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """Rows of queries, keys and values."""
     return rows.split([h * sum(plan.lengths) for h in plan.heads])
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """Rotary positions: x cos + (-second half, first half of x) sin, of x [T, heads, d]; with `back` the gradient of x from that of the result."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None]
-    found = x * cos
-    first, second = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
-    found[..., :half].addcmul_(x[..., half:], first, value=1 if back else -1)
-    found[..., half:].addcmul_(x[..., :half], second, value=-1 if back else 1)
-    return found
 
 
 def install(model: nn.Module) -> int:
@@ -238,22 +216,29 @@ class Forward:
         return Plan(tuple((n.weight, rms_norm.eps_of(n)) for n in norms), tuple(groups), tuple(out // size for out in groups[0].outs), attn.scaling, lengths)
 
     def is_it(self, layer: Any) -> bool:
-        """Whether the layer itself computes this, seen on two short sequences."""
+        """Whether the layer itself computes this, seen on two short sequences and on what comes back through them."""
         call = _sample(layer)
-        x = call.pop("hidden_states")
+        x = call.pop("hidden_states").requires_grad_()
+        up = x.detach().flip(1)
         try:
-            with torch.no_grad():
+            with torch.enable_grad():
                 if self.plan(layer, x, **call) is None:
                     return False
-                with attention.overheard() as self.told:
-                    other = type(layer).forward(layer, x, **call).float()
-                own = self(layer, x, **call).float()
+                with attention.overheard() as self.told, native.aside():
+                    other = type(layer).forward(layer, x, **call)
+                    other_back = torch.autograd.grad(other, x, up)[0]
+                own = self(layer, x, **call)
+                own_back = torch.autograd.grad(own, x, up)[0]
         except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants something else, or lacks something: another kind of layer
             return False
-        if self.told.pop("scaling", None) != layer.self_attn.scaling:
-            return False
-        rounding = 8 * torch.finfo(x.dtype).eps * (other.norm() + x.float().norm())
-        return bool((own - other).norm() <= ALIKE * (other - x.float()).norm() * (x.dtype != torch.float32) + rounding)
+        return self.told.pop("scaling", None) == layer.self_attn.scaling and _alike(own, other, x) and _alike(own_back, other_back, up)
+
+
+@torch.no_grad()
+def _alike(own: Tensor, other: Tensor, given: Tensor) -> bool:
+    """Whether two results that consist of `given` and what was added to it are the same but for rounding."""
+    miss, added, norms = ((own.float() - other.float()).norm(), (other.float() - given.float()).norm(), other.float().norm() + given.float().norm())
+    return bool(miss <= ALIKE * added * (given.dtype != torch.float32) + 8 * torch.finfo(given.dtype).eps * norms)
 
 
 def _sample(layer: Any) -> dict[str, Any]:

@@ -47,13 +47,22 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b:
 def project_backward(grad: Tensor, x: Tensor, low: Tensor | None, weight: Tensor, a: Tensor | None, b: Tensor | None,
                      wanted: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (if `wanted`), A and B of `project`, whose second result is `low`."""
+    dx, back = input_backward(grad, weight, a, b, wanted)
+    return dx, *pair_backward(grad, back, x, low)
+
+
+def input_backward(grad: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x (if `wanted`) and of x A^T."""
     dx = grad @ weight if wanted else None
     if a is None:
-        return dx, None, None
+        return dx, None
     back = grad @ b
-    if dx is not None:
-        dx.addmm_(back, a)
-    return dx, back.t() @ x, (low.t() @ grad).t()
+    return dx if dx is None else dx.addmm_(back, a), back
+
+
+def pair_backward(grad: Tensor, back: Tensor | None, x: Tensor, low: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A and B; `back` is that of `low`, x A^T."""
+    return (None, None) if back is None else (back.t() @ x, (low.t() @ grad).t())
 
 
 def install(model: nn.Module) -> int:

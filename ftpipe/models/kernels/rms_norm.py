@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftpipe.models.kernels import native
+
 
 class RmsNorm(torch.autograd.Function):
     """w * (x / sqrt(mean(x^2) + eps)), the mean over the last axis and the quotient in float32 and rounded to x's type, as transformers has it.
@@ -26,8 +28,17 @@ class RmsNorm(torch.autograd.Function):
         return norm_backward(grad, *ctx.saved_tensors), None, None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed x and, in float32, what each token was multiplied by: [..., 1]."""
+def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The normed x and, in float32, what each token was multiplied by: [..., 1]. `more` is added to x first, in place."""
+    compiled = native.of(x, weight, *(() if more is None else (more,)))
+    if compiled is None:
+        return _norm(x if more is None else x.add_(more), weight, eps)
+    out, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    compiled.norm(x, more, weight, eps, out, scale, scale.numel(), x.shape[-1])
+    return out, scale
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.mul(scale).to(x.dtype), scale
@@ -35,14 +46,26 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The normed x again, from what `norm` found."""
-    return weight * x.float().mul(scale).to(x.dtype)
+    compiled = native.of(x, weight)
+    if compiled is None:
+        return weight * x.float().mul(scale).to(x.dtype)
+    out = torch.empty_like(x)
+    compiled.scaled(x, weight, scale, out, scale.numel(), x.shape[-1])
+    return out
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of x."""
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, more: Tensor | None = None) -> Tensor:
+    """The gradient of x, and `more` added to it."""
+    grad = grad.contiguous()
+    compiled = native.of(grad, x, weight, *(() if more is None else (more,)))
+    if compiled is not None:
+        out = torch.empty_like(x)
+        compiled.norm_backward(grad, x, weight, scale, more, out, scale.numel(), x.shape[-1])
+        return out
     g = (grad * weight).float().mul_(scale)
     unit = x.float().mul(scale)
-    return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).to(x.dtype)
+    found = g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).to(x.dtype)
+    return found if more is None else found.add_(more)
 
 
 def install(model: nn.Module) -> int:
@@ -72,4 +95,4 @@ def _is_it(module: Any) -> bool:
         return False
     x = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device).view(4, -1).sin().to(weight.dtype)
     with torch.no_grad():
-        return bool(torch.equal(module(x), RmsNorm.apply(x, weight, eps_of(module))))
+        return bool(torch.equal(module(x), _norm(x, weight, eps_of(module))[0]))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftpipe.models.kernels import native
+
 
 class SwiGlu(torch.autograd.Function):
     """silu(g) * u, elementwise. Autograd's own form keeps silu(g) as well and passes over the data twice more."""
@@ -22,6 +24,34 @@ class SwiGlu(torch.autograd.Function):
         g, u = ctx.saved_tensors
         dg = torch.ops.aten.silu_backward(grad * u, g)
         return dg, nn.functional.silu(g).mul_(grad)
+
+
+def gate(gated: Tensor) -> Tensor:
+    """silu(g) * u [n, h] of rows [g, u] of 2 h."""
+    n, size = len(gated), gated.shape[1] // 2
+    compiled = native.of(gated)
+    if compiled is None:
+        g, u = gated.split(size, 1)
+        return nn.functional.silu(g).mul_(u)
+    out = gated.new_empty(n, size)
+    compiled.gate(gated, out, n, size)
+    return out
+
+
+def gate_backward(gated: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `gated` from that of what `gate` made of it, which is used up, and what `gate` made of it again."""
+    n, size = grad.shape
+    found = torch.empty_like(gated)
+    compiled = native.of(gated, grad)
+    if compiled is not None:
+        compiled.gate_backward(gated, grad, found, grad, n, size)
+        return found, grad
+    g, u = gated.split(size, 1)
+    d_g, d_u = found.split(size, 1)
+    active = nn.functional.silu(g)
+    torch.mul(grad, active, out=d_u)
+    torch.ops.aten.silu_backward.grad_input(grad.mul_(u), g, grad_input=d_g)
+    return found, active.mul_(u)
 
 
 def install(model: nn.Module) -> int:

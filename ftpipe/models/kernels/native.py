@@ -1,0 +1,128 @@
+"""The element-wise parts of a decoder layer in compiled code (`native.c`): one pass over the data each, where torch takes one for every operation.
+
+They are memory-bound, so what counts is how often the data pass by: a norm takes 5 passes in torch's operations and its backward pass 9, a gate 2 and 6.
+The code is compiled with the machine's C compiler when it is first wanted and kept in the user's cache folder; where that cannot be done everything is
+computed by torch's operations as before, only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+DEFINES = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
+"""Types of tensors that it can be compiled for."""
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+SWITCH = "FTPIPE_NATIVE"
+"""Environment variable: 0 leaves everything to torch's operations."""
+
+
+class _Data:
+    """A tensor, or None, as an argument."""
+
+    @classmethod
+    def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+_P, _N, _F = _Data, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "norm": (_P, _P, _P, _F, _P, _P, _N, _N), "scaled": (_P, _P, _P, _P, _N, _N), "norm_backward": (_P, _P, _P, _P, _P, _P, _N, _N),
+    "gate": (_P, _P, _N, _N), "gate_backward": (_P, _P, _P, _P, _N, _N),
+    "gather": (_P, _P, _P, _P, _P, _N, _N, _N, _N), "gather_backward": (_P, _P, _P, _P, _P, _N, _N, _N, _N),
+    "causal_softmax": (_P, _P, _N, _N, _N, _N), "causal_softmax_backward": (_P, _P, _N, _N), "token_losses": (_P, _P, _P, _N, _N, ctypes.c_int),
+}
+_loaded: dict[torch.dtype, Any] = {}
+_log = logging.getLogger(__name__)
+
+
+def load(dtype: torch.dtype) -> bool:
+    """Compile it for tensors of this type on a CPU, if that was not done before, and use it from now on; whether it is there."""
+    if dtype in DEFINES and dtype not in _loaded and os.environ.get(SWITCH, "1") != "0":
+        found = _library(dtype)
+        if found is not None:
+            _loaded[dtype] = found
+    return dtype in _loaded
+
+
+def of(*tensors: Tensor) -> Any | None:
+    """The compiled functions for these tensors; None where there are none, or they are not of one type, dense and on a CPU."""
+    found = _loaded.get(tensors[0].dtype)
+    if found is None or any(t.dtype != tensors[0].dtype or not t.is_cpu or not t.is_contiguous() for t in tensors):
+        return None
+    return found
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Leave everything to torch's operations meanwhile, in all threads."""
+    held = dict(_loaded)
+    _loaded.clear()
+    try:
+        yield
+    finally:
+        _loaded.update(held)
+
+
+@cache
+def _library(dtype: torch.dtype) -> Any | None:
+    try:
+        found = ctypes.CDLL(str(_compiled(DEFINES[dtype])))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        _log.warning("parts of the model's layers are computed by slower functions, as native.c could not be compiled: %s", said[-1] if said else error)
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def _compiled(defines: tuple[str, ...]) -> Path:
+    """The library for this source and processor, made if it is not there, whole. Raises OSError or SubprocessError."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftpipe"
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, defines, _processor())).encode()).hexdigest()[:16]
+    library = folder / f"native-{key}.so"
+    if not library.exists() or not _whole(library.read_bytes()):
+        compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            part, made = Path(work, "native.o"), Path(work, "native.so")
+            # Linked without -fopenmp: with a set of OpenMP threads of its own beside torch's, each would wait, spinning, for processors that the other has.
+            for command in ([*compiler, *FLAGS, "-fopenmp", *defines, "-c", str(SOURCE), "-o", str(part)],
+                            [*compiler, "-shared", str(part), "-o", str(made), "-lm"]):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            data = made.read_bytes()
+            made.write_bytes(data + hashlib.sha256(data).digest())
+            made.replace(library)
+    return library
+
+
+def _whole(data: bytes) -> bool:
+    """Whether a library ends with the hash of the rest. The system's loader dies of one that is cut off."""
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+def _processor() -> str:
+    """What the code is compiled for: a home folder may serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})])
