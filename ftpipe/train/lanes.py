@@ -55,6 +55,8 @@ def gradients(run: Run, batches: Sequence[Batch], share: float, parameters: Sequ
     """Forward and backward passes of these micro-batches, the loss of each times `share`. Raises what the first of them raised that failed."""
     import torch
 
+    from ftpipe.models.kernels.layer import unchanging
+
     def one(batch: Batch) -> tuple[float, Sequence[torch.Tensor | None], dict[str, float]]:
         own = replace(run, sums={})
         with run.autocast():
@@ -64,12 +66,13 @@ def gradients(run: Run, batches: Sequence[Batch], share: float, parameters: Sequ
         return value, torch.autograd.grad(loss, parameters, allow_unused=True), own.sums
 
     found = Gradients(0.0, parameters, [torch.zeros_like(p) for p in parameters])
-    for batch, (loss, grads, sums) in zip(batches, run.lanes.results(one, batches)):
-        run.alive(f"step {run.step + 1}, a micro-batch of {batch.tokens} tokens")
-        found.loss += loss
-        for total, gradient in zip(found.sums, grads, strict=True):
-            if gradient is not None:
-                total += gradient
-        for name, value in sums.items():
-            run.sums[name] = run.sums.get(name, 0.0) + value
+    with unchanging():
+        for batch, (loss, grads, sums) in zip(batches, run.lanes.results(one, batches)):
+            run.alive(f"step {run.step + 1}, a micro-batch of {batch.tokens} tokens")
+            found.loss += loss
+            for total, gradient in zip(found.sums, grads, strict=True):
+                if gradient is not None:
+                    total += gradient
+            for name, value in sums.items():
+                run.sums[name] = run.sums.get(name, 0.0) + value
     return found

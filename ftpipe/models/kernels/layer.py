@@ -8,7 +8,8 @@ the layers of Llama, Mistral, Qwen 2, SmolLM and those built like them; `install
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -71,10 +72,16 @@ class Plan(NamedTuple):
     heads: tuple[int, int, int]
     scale: float
     lengths: tuple[int, ...]
+    pairs: tuple[tuple[Tensor | None, Tensor | None], ...] | None = None
+    """A and B of each group, where they are known already."""
 
     def adapters(self) -> list[Tensor]:
         """A and B of every LoRA, in the order in which the function takes them."""
         return [t.weight for g in self.groups for p in g.loras if p.a is not None for t in (p.a, p.b)]
+
+    def paired(self, adapters: Sequence[Tensor]) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """A and B of each group."""
+        return tuple(g.pair(a) for g, a in zip(self.groups, self.split(adapters), strict=True))
 
     def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
         """One value for each adapter, by group."""
@@ -92,7 +99,7 @@ class DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, *adapters: Tensor) -> Tensor:
         qkv, output, gate_up, down = plan.groups
-        pairs = [g.pair(a) for g, a in zip(plan.groups, plan.split(adapters), strict=True)]
+        pairs = plan.pairs or plan.paired(adapters)
         tokens = len(x)
         h, scale = rms_norm.norm(x, *plan.norms[0])
         joined, low_qkv = lora.project(h, qkv.weight, qkv.bias, *pairs[0])
@@ -140,6 +147,21 @@ class DecoderLayer(torch.autograd.Function):
 def _parts(rows: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """Rows of queries, keys and values."""
     return rows.split([h * sum(plan.lengths) for h in plan.heads])
+
+
+_found: dict[Forward, Plan] | None = None
+
+
+@contextmanager
+def unchanging() -> Iterator[None]:
+    """Nothing that decides what a layer computes changes meanwhile, all calls are of one kind (packed rows of one type), in any number of threads: what
+    consists of what, and the joined adapters, are found at a layer's first call only."""
+    global _found
+    before, _found = _found, {}
+    try:
+        yield
+    finally:
+        _found = before
 
 
 def install(model: nn.Module) -> int:
@@ -200,6 +222,9 @@ class Forward:
              position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> Plan | None:
         """What to compute, None where the layer's own forward pass has to."""
         attn, x = layer.self_attn, hidden_states
+        if _found is not None and (known := _found.get(self)):
+            lengths = attention.sequences(attn, x.shape[1], position_ids, {**kwargs, **self.told})
+            return known._replace(lengths=lengths) if lengths else None
         if (x.dim() != 3 or x.shape[0] != 1 or x.device.type != "cpu" or past_key_values is not None or position_embeddings is None
                 or kwargs.get("output_attentions") or attn.config._attn_implementation != attention.NAME
                 or (layer.training and attn.attention_dropout) or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype)):
@@ -213,7 +238,11 @@ class Forward:
         if (any(g is None for g in groups) or {t.dtype for t in (*(g.weight for g in groups), *(n.weight for n in norms), *position_embeddings)} != {x.dtype}
                 or any(t.shape != (1, x.shape[1], size) for t in position_embeddings)):
             return None
-        return Plan(tuple((n.weight, rms_norm.eps_of(n)) for n in norms), tuple(groups), tuple(out // size for out in groups[0].outs), attn.scaling, lengths)
+        plan = Plan(tuple((n.weight, rms_norm.eps_of(n)) for n in norms), tuple(groups), tuple(out // size for out in groups[0].outs), attn.scaling, lengths)
+        if _found is not None:
+            with torch.no_grad():
+                plan = _found[self] = plan._replace(pairs=plan.paired(plan.adapters()))
+        return plan
 
     def is_it(self, layer: Any) -> bool:
         """Whether the layer itself computes this, seen on two short sequences and on what comes back through them."""
