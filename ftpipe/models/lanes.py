@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import product
 from typing import Any, TypeVar
 
 LANES = 2
+FEW = 8
+"""Items of which every division is looked at."""
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -47,6 +50,27 @@ class Lanes:
             for task in tasks:
                 task.cancel()
             wait(tasks)
+
+
+def in_order(sizes: Sequence[int]) -> list[int]:
+    """In which order to begin items of these sizes so that the lanes end together, as nearly as can be: of few items the best of all divisions,
+    of many the next largest to the lane with the least."""
+    longest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    divisions = product(range(LANES), repeat=len(sizes) - 1) if 1 < len(sizes) <= FEW else ()
+
+    def loads(division: Sequence[int]) -> list[int]:
+        return [sum(sizes[i] for i, at in zip(longest, division, strict=True) if at == lane) for lane in range(LANES)]
+
+    greedy: list[int] = []
+    for _ in longest:
+        so_far = [sum(sizes[i] for i, at in zip(longest, greedy) if at == lane) for lane in range(LANES)]
+        greedy.append(so_far.index(min(so_far)))
+    best = min([greedy, *((0, *d) for d in divisions)], key=lambda d: max(loads(d), default=0))
+    begin, starts = [0] * LANES, {}
+    for i, lane in zip(longest, best, strict=True):
+        starts[i] = begin[lane]
+        begin[lane] += sizes[i]
+    return sorted(longest, key=lambda i: starts[i])
 
 
 def possible(model: Any, threads: int) -> bool:

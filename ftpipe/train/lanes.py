@@ -1,7 +1,7 @@
 """Micro-batches of a rank that are computed side by side.
 
-Gradients are added up in the order of the micro-batches, whoever is done first, and DeepSpeed is given their sum, so that the same run gives the same
-bytes. It is done only where a micro-batch's loss can be seen to touch nothing but its own data.
+Gradients are added up in the order in which micro-batches are begun, whoever is done first, and DeepSpeed is given their sum, so that the same run
+gives the same bytes. It is done only where a micro-batch's loss can be seen to touch nothing but its own data.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ftpipe.models.lanes import Lanes, possible
+from ftpipe.models.lanes import Lanes, in_order, possible
 from ftpipe.train.forward import check_loss
 from ftpipe.train.run import Batch, Run
 
 if TYPE_CHECKING:
     import torch
+
+
+BEGINNING = 28
+"""What a micro-batch takes however small it is, in tokens (0.12 s of 4.3 ms, on a 135M model)."""
 
 
 def make(run: Run, threads: int) -> Lanes | None:
@@ -65,6 +69,7 @@ def gradients(run: Run, batches: Sequence[Batch], share: float, parameters: Sequ
         check_loss(value)
         return value, torch.autograd.grad(loss, parameters, allow_unused=True), own.sums
 
+    batches = [batches[i] for i in in_order([b.tokens + BEGINNING for b in batches])]
     found = Gradients(0.0, parameters, [torch.zeros_like(p) for p in parameters])
     with unchanging():
         for batch, (loss, grads, sums) in zip(batches, run.lanes.results(one, batches)):

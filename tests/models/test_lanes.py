@@ -66,6 +66,17 @@ def test_after_an_error_nothing_is_begun_and_nothing_runs(two):
     assert len(begun) == seen
 
 
+@pytest.mark.parametrize("sizes, ends", [([402, 297, 244, 220, 194], 699), ([9, 9, 9, 9], 18), ([5, 4, 3, 3, 3], 9), ([7], 7), ([], 0), ([10, 1, 1, 1], 10),
+                                         ([*range(40, 0, -1)], 410)])
+def test_items_begin_in_the_order_that_ends_soonest(sizes, ends):
+    order = lanes.in_order(sizes)
+    assert sorted(order) == list(range(len(sizes)))
+    loads = [0] * LANES
+    for i in order:  # as the threads take them: whoever is free takes the next
+        loads[loads.index(min(loads))] += sizes[i]
+    assert max(loads) == ends
+
+
 def test_items_are_taken_as_they_are_needed(two):
     taken = []
     results = two.results(lambda n: n, (taken.append(n) or n for n in range(1000)))
