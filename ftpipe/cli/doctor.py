@@ -103,6 +103,12 @@ def _devices() -> Iterator[Finding]:
         built = torch.version.cuda
         yield NOTE if built else OK, "devices", f"no GPU; {cores()} processors" + (f", though torch is built for CUDA {built}" if built else ""), \
             "look at nvidia-smi: the driver may be missing or too old for this torch"
+        from ftpipe.models.kernels import native
+
+        compiled = native.load(torch.bfloat16)
+        found = "for training and scoring on a processor" if compiled else "none: training and scoring take a tenth longer"
+        yield OK if compiled else NOTE, "compiled functions", found, \
+            f"install a C compiler with OpenMP, such as gcc, or set CC to it; unset {native.SWITCH} if it is 0"
     yield OK, "torch", f"{torch.__version__}, {torch.get_num_threads()} threads", ""
 
 
