@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -218,3 +220,24 @@ def test_kernels_step_back_where_they_do_not_apply(pair):
     a = stock(input_ids=ids, use_cache=False).logits
     torch.manual_seed(1)
     torch.testing.assert_close(a, own(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_layer_consists_of_is_found_once_while_nothing_changes(pair, monkeypatch):
+    """And anew afterwards: an optimizer changes the adapters in place."""
+    model, joined = pair[1], []
+    original = layer.Joined.pair
+    monkeypatch.setattr(layer.Joined, "pair", lambda self, adapters: joined.append(1) or original(self, adapters))
+    with torch.no_grad(), layer.unchanging():
+        first = model(input_ids=torch.arange(3, 23)[None], use_cache=False).logits
+        assert len(joined) == 4 * model.config.num_hidden_layers
+        model(input_ids=torch.arange(3, 43)[None], use_cache=False)
+        assert torch.equal(model(input_ids=torch.arange(3, 23)[None], use_cache=False).logits, first)
+        assert len(joined) == 4 * model.config.num_hidden_layers
+    for one in pair:
+        first_layer(one).mlp.up_proj.lora_B["default"].weight.data *= 3
+    for context in (layer.unchanging(), nullcontext()):
+        with context:
+            (a, ga), (b, gb) = run(pair[0]), run(model)
+        assert not torch.allclose(b[:, :20], first, rtol=1e-3)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert all(torch.allclose(ga[n], gb[n], rtol=1e-3, atol=1e-6) for n in ga)

@@ -29,7 +29,7 @@ static inline T rounded(float x) /* to nearest, ties to even */
 #define EACH_ROW _Pragma("omp parallel for schedule(static)")
 #define SIMD _Pragma("omp simd")
 
-/* e^x within 2 units in the last place; 0 below -87, NaN of NaN. */
+/* e^x within 2 units in the last place for x from -87 to 88, beyond them that of the nearer end; NaN of NaN. */
 static inline float exponential(float x)
 {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
