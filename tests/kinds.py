@@ -51,9 +51,9 @@ class AboveStage(Stage):
         return self.model_dump(mode="json", exclude={"wait"})
 
     def run(self, ctx: StageContext) -> None:
-        note(ctx, "above")
         (ctx.out / "half.json").write_text("[")
         (ctx.work / "partial").write_text("resumable")
+        note(ctx, "above")  # last: a test that waits for it may kill this process at once
         if self.fail:
             raise ValueError("planted failure")
         if self.wait:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.real_server import free_port
+from tests.ports import free_port
 from tests.stages_for_tests import wait_for
 
 PASSWORD = "geheim/17@x"

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from tests.flows.browser import look
-from tests.flows.real_server import environment, free_port, ftpipe, query, serving
+from tests.flows.real_server import environment, ftpipe, query, serving
+from tests.ports import free_port
 from tests.stages_for_tests import CHAIN, stop, wait_for, write_pipeline
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 import uuid
 from functools import partial
@@ -22,6 +21,7 @@ from ftpipe.errors import ConfigError, DataError, InfrastructureError
 from ftpipe.pipeline import runner, spec
 from tests.artifacts import decisions, rows_artifact, run_step, text
 from tests.curate.test_minhash import planted
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (pip install 'ftpipe[ray]')")
 
@@ -63,12 +63,6 @@ def _add_node(cluster, tries: int = 3) -> None:
         if tries == 1 or "timed out during startup" not in str(error):
             raise
         _add_node(cluster, tries - 1)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def pipeline(tmp_path, model, name, **top):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.stages_for_tests import install
 
 
@@ -27,6 +28,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory):
 
     mp = pytest.MonkeyPatch()
     mp.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect-home")))
+    mp.setattr("prefect.testing.utilities._find_available_port", free_port)
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,16 +16,11 @@ from typing import Any
 
 import httpx
 
+from tests.ports import free_port
 from tests.stages_for_tests import stop, wait_for
 
 FTPIPE = [sys.executable, "-c", "from ftpipe.cli import main; main()"]
 QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def environment(home: Path, extra: dict[str, str]) -> dict[str, str]:

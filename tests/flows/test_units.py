@@ -19,7 +19,7 @@ from flows.server import _nothing_configured, check
 from flows.serving import due_after, schedule
 from flows.signals import undisturbed_interrupt
 from ftpipe.errors import ConfigError, InfrastructureError
-from tests.flows.real_server import free_port
+from tests.ports import free_port
 from tests.stages_for_tests import alive
 
 pytestmark = pytest.mark.timeout(60)

@@ -18,6 +18,7 @@ from ftpipe.pipeline.plan import plan
 from ftpipe.pipeline.runner import Selection, run, runs
 from ftpipe.pipeline.store import Store
 from tests.kinds import ran
+from tests.stages_for_tests import wait_for
 
 ROOT = Path(__file__).parents[2]
 CHILD = ("from tests import kinds; kinds.install(); from ftpipe.pipeline import spec, runner; import sys; "
@@ -29,16 +30,9 @@ def start(project: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", CHILD], cwd=project, env=env, stderr=subprocess.PIPE)
 
 
-def wait_for(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.02)
-
-
 def test_killed_run_leaves_no_half_artifact_and_the_next_one_finishes(project: Path) -> None:
     child = start(project)
-    wait_for(lambda: ran(project / ".ftpipe", "above") == 1)
+    wait_for(lambda: ran(project / ".ftpipe", "above") == 1, 120, every=0.02, what="the stage's start")
     child.send_signal(signal.SIGKILL)
     child.wait()
     store = Store(project / ".ftpipe")
@@ -53,7 +47,7 @@ def test_killed_run_leaves_no_half_artifact_and_the_next_one_finishes(project: P
 
 def test_two_runs_at_once_build_each_artifact_once(project: Path) -> None:
     children = [start(project), start(project)]
-    wait_for(lambda: ran(project / ".ftpipe", "above") >= 1)
+    wait_for(lambda: ran(project / ".ftpipe", "above") >= 1, 120, every=0.02, what="the stage's start")
     time.sleep(0.5)
     (project / ".ftpipe" / "go").touch()
     assert [c.wait(timeout=60) for c in children] == [0, 0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,15 +15,14 @@ import pytest
 
 from ftpipe.registry import ledger, server, versions
 from ftpipe.stages.base import Environment
+from tests.ports import free_port
 from tests.registry.helpers import content, registered
 
 
 @pytest.fixture
 def url(tmp_path: Path, mlflow_tables: Path):
     shutil.copyfile(mlflow_tables, tmp_path / "s.db")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/s.db", "--artifacts-destination", str(tmp_path / "art"),
                "--serve-artifacts", "--port", str(port), "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=tmp_path)
