@@ -133,7 +133,7 @@ def _folder(ctx: StageContext, model: str, adapter: Artifact | None, dtype: str,
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.suffix in (".py", ".c")) if path.is_dir() else [path]
+    return sorted(p for p in path.iterdir() if p.suffix in (".py", ".c", ".h")) if path.is_dir() else [path]
 
 
 @dataclass

@@ -50,8 +50,8 @@ def _file(module: str) -> Path | None:
 
 
 def _sources(path: Path) -> list[Path]:
-    """A module's file, and the C code of the same name beside it."""
-    return [path, *(p for p in [path.with_suffix(".c")] if p.exists())]
+    """A module's file, and the C code beside it whose names begin with its own."""
+    return [path, *sorted(path.parent.glob(f"{path.stem}*.[ch]"))]
 
 
 @lru_cache(maxsize=1024)

@@ -173,6 +173,50 @@ def _order(lengths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[Tensor, Te
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
 
 
+def packed(joined: Tensor, lengths: tuple[int, ...], heads: tuple[int, int, int], rotary: Rotary, scale: float, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """Attention of joined queries, keys and values [T, sum of heads, d], which are used up: [T, query heads * d], and what the backward pass is to be given."""
+    cos, sin, turned = rotary
+    compiled = native.products(joined, cos, sin, even=joined.shape[2:])
+    if compiled is None:
+        rows = together(joined, lengths, heads, rotary)
+        out, kept = attend(*_parted(rows, lengths, heads), lengths, scale, keep)
+        return apart(out, lengths, heads[:1]).view(len(joined), -1), [rows, *kept]
+    compiled.rotate(joined, cos, sin, len(joined), sum(heads), turned, joined.shape[2], False)
+    out, logs = joined.new_empty(len(joined), heads[0], joined.shape[2]), joined.new_empty(len(joined), heads[0], dtype=torch.float32)
+    compiled.attend(*_strided(*joined.split(heads, 1), out), logs, _bounds(lengths), len(lengths), *heads[:2], joined.shape[2], scale)
+    return out.view(len(joined), -1), [joined, logs]
+
+
+def packed_backward(grad: Tensor, kept: Sequence[Tensor], lengths: tuple[int, ...], heads: tuple[int, int, int], rotary: Rotary, scale: float) -> Tensor:
+    """The gradient of what `packed` was given, [T, sum of heads * d], from that of its result."""
+    (rows, *kept), (cos, sin, turned), tokens = kept, rotary, len(grad)
+    grad = grad.view(tokens, heads[0], -1)
+    if rows.dim() == 2:
+        d_rows = torch.empty_like(rows)
+        attend_backward(together(grad, lengths, heads[:1]), *_parted(rows, lengths, heads), kept, lengths, scale, _parted(d_rows, lengths, heads))
+        return apart(d_rows, lengths, heads, rotary).view(tokens, -1)
+    compiled, found = native.products(rows), torch.empty_like(rows)
+    compiled.attend_backward(*_strided(grad, *rows.split(heads, 1)), kept[0], *found.split(heads, 1), _bounds(lengths), len(lengths), *heads[:2],
+                             rows.shape[2], scale)
+    compiled.rotate(found, cos, sin, tokens, sum(heads), turned, rows.shape[2], True)
+    return found.view(tokens, -1)
+
+
+def _strided(*of: Tensor) -> Iterator[Any]:
+    """Each tensor [T, heads, d] with the distances between its tokens and between its heads."""
+    return (each for t in of for each in (t, *t.stride()[:2]))
+
+
+def _parted(rows: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Rows of queries, keys and values."""
+    return rows.split([h * sum(lengths) for h in heads])
+
+
+@lru_cache(maxsize=16)
+def _bounds(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """Attention of rows as `together` gives them, q [heads * T, d], k and v [key heads * T, d]: rows like q, and what the backward pass is to be given.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftpipe.models.kernels import native
+from ftpipe.models.kernels import lora, native
 
 PRODUCT, SOFTMAX = 2**24, 2**21
 """Logits that exist at once, in the type of the weights (32 MB as bfloat16: products of fewer tokens are slower by up to half), and those of which the
@@ -32,11 +32,11 @@ class FrozenHeadLoss(torch.autograd.Function):
         size, part = max(1, PRODUCT // weight.shape[0]), max(1, SOFTMAX // weight.shape[0])
         size = -(-len(targets) // max(1, -(-len(targets) // size)))  # as many products, of one size
         for at in range(0, len(targets), size or 1):
-            logits = torch.nn.functional.linear(hidden[at:at + size].to(weight.dtype), weight, bias)
+            logits, _ = lora.project(hidden[at:at + size].to(weight.dtype), weight, bias)
             for rows, target, loss in zip(logits.split(part), targets[at:at + size].split(part), losses[at:at + size].split(part), strict=True):
                 _softmax(rows, target, loss, wanted)
             if wanted:
-                torch.mm(logits, weight, out=grads[at:at + size])
+                lora.input_backward(logits, weight, out=grads[at:at + size])
         if wanted:
             ctx.save_for_backward(grads)
             ctx.dtype = hidden.dtype

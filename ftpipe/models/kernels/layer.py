@@ -26,11 +26,11 @@ ALIKE = 0.03
 
 
 class Joined(NamedTuple):
-    """Linear layers that read the same input: weight [sum of outs, in], bias, and the LoRA of those that have one."""
+    """Linear layers that read the same input: weight [sum of outs, in], bias, the size of each and the LoRA of those that have one."""
 
     weight: Tensor
     bias: Tensor | None
-    outs: tuple[int, ...]
+    blocks: lora.Blocks
     loras: tuple[lora.Adapted, ...]
 
     def pair(self, adapters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -39,7 +39,7 @@ class Joined(NamedTuple):
             return None, None
         a = torch.cat([t.to(self.weight.dtype) for t in adapters[::2]])
         b = a.new_zeros(len(self.weight), len(a))
-        for (rows, columns, scaling), t in zip(self.blocks(), adapters[1::2], strict=True):
+        for (rows, columns, scaling), t in zip(self.places(), adapters[1::2], strict=True):
             b[rows, columns] = t * scaling
         return a, b
 
@@ -48,19 +48,17 @@ class Joined(NamedTuple):
         if da is None:
             return []
         found: list[Tensor | None] = []
-        for (rows, columns, scaling), (a, b) in zip(self.blocks(), zip(adapters[::2], adapters[1::2]), strict=True):
+        for (rows, columns, scaling), (a, b) in zip(self.places(), zip(adapters[::2], adapters[1::2]), strict=True):
             found += [da[columns].to(a[0]) if a[1] else None, db[rows, columns].to(b[0]) * scaling if b[1] else None]
         return found
 
-    def blocks(self) -> list[tuple[slice, slice, float]]:
+    def places(self) -> list[tuple[slice, slice, float]]:
         """Of each LoRA: rows of B, columns of B (rows of A), and its scale."""
         found, row, column = [], 0, 0
-        for out, part in zip(self.outs, self.loras, strict=True):
+        for out, rank, part in zip(*self.blocks, self.loras, strict=True):
             if part.a is not None:
-                r = part.a.weight.shape[0]
-                found.append((slice(row, row + out), slice(column, column + r), part.scaling))
-                column += r
-            row += out
+                found.append((slice(row, row + out), slice(column, column + rank), part.scaling))
+            row, column = row + out, column + rank
         return found
 
 
@@ -102,51 +100,44 @@ class DecoderLayer(torch.autograd.Function):
         pairs = plan.pairs or plan.paired(adapters)
         tokens = len(x)
         h, scale = rms_norm.norm(x, *plan.norms[0])
-        joined, low_qkv = lora.project(h, qkv.weight, qkv.bias, *pairs[0])
-        rows = attention.together(joined.view(tokens, sum(plan.heads), -1), plan.lengths, plan.heads, (cos, sin, sum(plan.heads[:2])))
-        out, kept = attention.attend(*_parts(rows, plan), plan.lengths, plan.scale, keep=any(ctx.needs_input_grad))
-        attended = attention.apart(out, plan.lengths, plan.heads[:1]).view(tokens, -1)
-        middle, low_output = lora.project(attended, output.weight, output.bias, *pairs[1])
-        h2, scale2 = rms_norm.norm(middle, *plan.norms[1], more=x)
-        gated, low_gate_up = lora.project(h2, gate_up.weight, gate_up.bias, *pairs[2])
-        result, low_down = lora.project(swiglu.gate(gated), down.weight, down.bias, *pairs[3])
-        ctx.save_for_backward(x, cos, sin, scale, rows, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down,
+        joined, low_qkv = lora.project(h, qkv.weight, qkv.bias, *pairs[0], qkv.blocks)
+        attended, kept = attention.packed(joined.view(tokens, sum(plan.heads), -1), plan.lengths, plan.heads, (cos, sin, sum(plan.heads[:2])), plan.scale,
+                                          keep=any(ctx.needs_input_grad))
+        middle, low_output = lora.project(attended, output.weight, output.bias, *pairs[1], output.blocks, more=x)
+        h2, scale2 = rms_norm.norm(middle, *plan.norms[1])
+        gated, low_gate_up = lora.project(h2, gate_up.weight, gate_up.bias, *pairs[2], gate_up.blocks)
+        result, low_down = lora.project(swiglu.gate(gated), down.weight, down.bias, *pairs[3], down.blocks, more=middle)
+        ctx.save_for_backward(x, cos, sin, scale, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down,
                               *(t for pair in pairs for t in pair), *kept)
         ctx.plan, ctx.types = plan, [a.dtype for a in adapters]
-        return result.add_(middle)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        (x, cos, sin, scale, rows, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down, *pairs) = ctx.saved_tensors
+        (x, cos, sin, scale, attended, middle, scale2, gated, low_qkv, low_output, low_gate_up, low_down, *pairs) = ctx.saved_tensors
         kept = pairs[8:]
         qkv, output, gate_up, down = plan.groups
         wanted = ctx.needs_input_grad[0]
 
-        d, back = lora.input_backward(grad, down.weight, *pairs[6:8])
+        grad = grad.contiguous()
+        d, back = lora.input_backward(grad, down.weight, *pairs[6:8], blocks=down.blocks)
         d_gated, product = swiglu.gate_backward(gated, d)
-        da_down, db_down = lora.pair_backward(grad, back, product, low_down)
-        d, da_gate_up, db_gate_up = lora.project_backward(d_gated, rms_norm.scaled(middle, plan.norms[1][0], scale2), low_gate_up, gate_up.weight, *pairs[4:6])
+        da_down, db_down = lora.pair_backward(grad, back, product, low_down, down.blocks)
+        h = rms_norm.scaled(middle, plan.norms[1][0], scale2)
+        d, da_gate_up, db_gate_up = lora.project_backward(d_gated, h, low_gate_up, gate_up.weight, *pairs[4:6], blocks=gate_up.blocks)
         d_middle = rms_norm.norm_backward(d, middle, plan.norms[1][0], scale2, grad)
 
-        d, da_output, db_output = lora.project_backward(d_middle, attended, low_output, output.weight, *pairs[2:4])
-        d_rows = torch.empty_like(rows)
-        d_out = attention.together(d.view(len(d), plan.heads[0], -1), plan.lengths, plan.heads[:1])
-        attention.attend_backward(d_out, *_parts(rows, plan), kept, plan.lengths, plan.scale, _parts(d_rows, plan))
-        d_heads = attention.apart(d_rows, plan.lengths, plan.heads, (cos, sin, sum(plan.heads[:2])))
+        d, da_output, db_output = lora.project_backward(d_middle, attended, low_output, output.weight, *pairs[2:4], blocks=output.blocks)
+        d_heads = attention.packed_backward(d, kept, plan.lengths, plan.heads, (cos, sin, sum(plan.heads[:2])), plan.scale)
         h = rms_norm.scaled(x, plan.norms[0][0], scale)
-        d, da_qkv, db_qkv = lora.project_backward(d_heads.view(len(x), -1), h, low_qkv, qkv.weight, *pairs[0:2], wanted)
+        d, da_qkv, db_qkv = lora.project_backward(d_heads, h, low_qkv, qkv.weight, *pairs[0:2], wanted, qkv.blocks)
         dx = rms_norm.norm_backward(d, x, plan.norms[0][0], scale, d_middle) if wanted else None
 
         about = plan.split(list(zip(ctx.types, ctx.needs_input_grad[4:], strict=True)))
         found = ((da_qkv, db_qkv), (da_output, db_output), (da_gate_up, db_gate_up), (da_down, db_down))
         return dx, None, None, None, *(g for group, pair, a in zip(plan.groups, found, about, strict=True) for g in group.parted(*pair, a))
-
-
-def _parts(rows: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """Rows of queries, keys and values."""
-    return rows.split([h * sum(plan.lengths) for h in plan.heads])
 
 
 _found: dict[Forward, Plan] | None = None
@@ -238,7 +229,8 @@ class Forward:
         if (any(g is None for g in groups) or {t.dtype for t in (*(g.weight for g in groups), *(n.weight for n in norms), *position_embeddings)} != {x.dtype}
                 or any(t.shape != (1, x.shape[1], size) for t in position_embeddings)):
             return None
-        plan = Plan(tuple((n.weight, rms_norm.eps_of(n)) for n in norms), tuple(groups), tuple(out // size for out in groups[0].outs), attn.scaling, lengths)
+        heads = tuple(out // size for out in groups[0].blocks.outs)
+        plan = Plan(tuple((n.weight, rms_norm.eps_of(n)) for n in norms), tuple(groups), heads, attn.scaling, lengths)
         if _found is not None:
             with torch.no_grad():
                 plan = _found[self] = plan._replace(pairs=plan.paired(plan.adapters()))
@@ -307,14 +299,15 @@ def _joined(modules: Sequence[Any], joined: tuple[Tensor, Tensor | None] | None)
     if any(p is None or not all(_untouched(m) for m in (p.base, p.a, p.b) if m is not None) for p in parts) or any(_hooked(m) for m in modules):
         return None
     outs = tuple(p.base.out_features for p in parts)
+    blocks = lora.Blocks(outs, tuple(0 if p.a is None else p.a.weight.shape[0] for p in parts))
     if len(parts) == 1:
-        return Joined(parts[0].base.weight, parts[0].base.bias, outs, tuple(parts))
+        return Joined(parts[0].base.weight, parts[0].base.bias, blocks, tuple(parts))
     if joined is None:
         return None
     for whole, ours in zip(joined, ([p.base.weight for p in parts], [p.base.bias for p in parts]), strict=True):
         if whole is not None and any(a.data_ptr() != b.data_ptr() or a.dtype != b.dtype for a, b in zip(whole.split(outs), ours, strict=True)):
             return None  # someone gave a layer other weights
-    return Joined(*joined, outs, tuple(parts))
+    return Joined(*joined, blocks, tuple(parts))
 
 
 def _own(module: nn.Module, kernel: Any) -> bool:

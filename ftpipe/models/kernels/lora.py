@@ -8,11 +8,14 @@ directions, and the only tensor kept for the backward pass that the frozen layer
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ftpipe.models.kernels import native
 
 
 class LoraLinear(torch.autograd.Function):
@@ -35,34 +38,84 @@ class LoraLinear(torch.autograd.Function):
                 da.to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None, db.to(ctx.dtypes[2]) * ctx.scaling if ctx.needs_input_grad[4] else None, None)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x W^T + bias + (x A^T) B^T, and x A^T; x [n, in], all of one type. Without A and B the plain layer, and None."""
-    out = nn.functional.linear(x, weight, bias)
-    if a is None:
-        return out, None
-    low = x @ a.t()
-    return out.addmm_(low, b.t()), low
+class Blocks(NamedTuple):
+    """Of which layers, side by side, a weight consists: of each how many outputs it has and of what rank its LoRA is, 0 without one.
+
+    B [sum of outs, sum of ranks] is 0 but for a block of each layer.
+    """
+
+    outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def compiled(self, x: Tensor, weight: Tensor, *others: Tensor | None) -> Any | None:
+        """The compiled functions for these tensors, where there are some."""
+        return native.products(x, weight, *others, even=(weight.shape[1], *self.outs, *self.ranks))
+
+    def arguments(self) -> tuple[int, Tensor, Tensor]:
+        return len(self.outs), _numbers(self.outs), _numbers(self.ranks)
+
+
+@lru_cache(maxsize=64)
+def _numbers(of: tuple[int, ...]) -> Tensor:
+    return torch.tensor(of)
+
+
+def one(weight: Tensor, a: Tensor | None) -> Blocks:
+    """A weight of one layer."""
+    return Blocks((len(weight),), (0 if a is None else len(a),))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None = None, b: Tensor | None = None, blocks: Blocks | None = None,
+            more: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """x W^T + bias + (x A^T) B^T + more, and x A^T; x [n, in], all of one type. Without A and B the plain layer, and None."""
+    blocks = blocks or one(weight, a)
+    compiled = blocks.compiled(x, weight, bias, a, b, more)
+    if compiled is not None:
+        out, low = x.new_empty(len(x), len(weight)), None if a is None else x.new_empty(len(x), len(a))
+        compiled.project(x, weight, bias, a, b, more, low, out, *x.shape, *blocks.arguments())
+        return out, low
+    out, low = nn.functional.linear(x, weight, bias), None
+    if a is not None:
+        low = x @ a.t()
+        out.addmm_(low, b.t())
+    return out if more is None else out.add_(more), low
 
 
 def project_backward(grad: Tensor, x: Tensor, low: Tensor | None, weight: Tensor, a: Tensor | None, b: Tensor | None,
-                     wanted: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+                     wanted: bool = True, blocks: Blocks | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (if `wanted`), A and B of `project`, whose second result is `low`."""
-    dx, back = input_backward(grad, weight, a, b, wanted)
-    return dx, *pair_backward(grad, back, x, low)
+    dx, back = input_backward(grad, weight, a, b, wanted, blocks)
+    return dx, *pair_backward(grad, back, x, low, blocks)
 
 
-def input_backward(grad: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x (if `wanted`) and of x A^T."""
-    dx = grad @ weight if wanted else None
+def input_backward(grad: Tensor, weight: Tensor, a: Tensor | None = None, b: Tensor | None = None, wanted: bool = True,
+                   blocks: Blocks | None = None, out: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x (if `wanted`; written to `out`, if that is given) and of x A^T."""
+    blocks = blocks or one(weight, a)
+    compiled = blocks.compiled(grad, weight, a, b)
+    if compiled is not None:
+        back = None if a is None else grad.new_empty(len(grad), len(a))
+        dx = out if out is not None or not wanted else grad.new_empty(len(grad), weight.shape[1])
+        compiled.input_backward(grad, weight, a, b, back, dx, len(grad), weight.shape[1], *blocks.arguments())
+        return dx, back
+    dx = torch.mm(grad, weight, out=out) if wanted else None
     if a is None:
         return dx, None
     back = grad @ b
     return dx if dx is None else dx.addmm_(back, a), back
 
 
-def pair_backward(grad: Tensor, back: Tensor | None, x: Tensor, low: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of A and B; `back` is that of `low`, x A^T."""
-    return (None, None) if back is None else (back.t() @ x, (low.t() @ grad).t())
+def pair_backward(grad: Tensor, back: Tensor | None, x: Tensor, low: Tensor | None, blocks: Blocks | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A and B; `back` is that of `low`, x A^T. In float32 if compiled; of B only the blocks mean something."""
+    if back is None:
+        return None, None
+    blocks = blocks or Blocks((grad.shape[1],), (low.shape[1],))
+    compiled = blocks.compiled(grad, x, back, low)
+    if compiled is None:
+        return back.t() @ x, (low.t() @ grad).t()
+    da, db = (grad.new_empty(low.shape[1], n, dtype=torch.float32) for n in (x.shape[1], grad.shape[1]))
+    compiled.pair_backward(grad, back, x, low, da, db, *x.shape, *blocks.arguments())
+    return da, db.t()
 
 
 def install(model: nn.Module) -> int:

@@ -1,52 +1,6 @@
-/* The parts of a decoder layer that are not matrix products, each in one pass over its data.
+/* The parts of a decoder layer that are not matrix products, each in one pass over its data. */
 
-   Compiled for one type of tensor at a time: bfloat16, or float where FLOAT32 is defined. All arithmetic is in float, and results are rounded once.
-   Rows are shared out among OpenMP's threads, of which the caller has as many as torch gave it; the code is linked with no OpenMP, so that it finds torch's
-   own and not a second set of threads. */
-
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#ifdef FLOAT32
-typedef float T;
-static inline float wide(T x) { return x; }
-static inline T rounded(float x) { return x; }
-#else
-typedef uint16_t T;
-static inline float wide(T x)
-{
-    union { uint32_t bits; float value; } u = { (uint32_t)x << 16 };
-    return u.value;
-}
-static inline T rounded(float x) /* to nearest, ties to even */
-{
-    union { float value; uint32_t bits; } u = { x };
-    return (T)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
-}
-#endif
-
-#define EACH_ROW _Pragma("omp parallel for schedule(static)")
-#define SIMD _Pragma("omp simd")
-
-/* e^x within 2 units in the last place for x from -87 to 88, beyond them that of the nearer end; NaN of NaN. */
-static inline float exponential(float x)
-{
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t bits; float value; } two = { ((int32_t)n + 127) << 23 };
-    return p * two.value;
-}
-
-static inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
+#include "native.h"
 
 /* x[n, h] += more (if there is any), out = weight * (x / sqrt(mean(x^2) + eps)), and the quotients' factors in scale[n]. */
 void norm(T *x, const T *more, const T *weight, float eps, T *out, float *scale, int64_t n, int64_t h)
@@ -167,6 +121,17 @@ void gather_backward(const T *rows, T *heads, const int64_t *order, const T *cos
         else
             memcpy(heads + to * d, rows + i * d, d * sizeof(T));
     }
+}
+
+/* Rotary positions (cosine and sine [tokens, d]) in the first `turned` of the `count` heads of x[n tokens, count, d], in place; back: its gradient. */
+void rotate(T *x, const T *cosine, const T *sine, int64_t n, int64_t count, int64_t turned, int64_t d, int back)
+{
+    EACH_ROW
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t h = 0; h < turned; h++) {
+            T *head = x + (i * count + h) * d;
+            turn(head, head, cosine + i * d, sine + i * d, d, back ? -1.0f : 1.0f);
+        }
 }
 
 /* In place, probabilities of scores[n, m]: row i is query i % queries, which sees keys starts[i % queries] (0 without starts) to first + i % queries. */

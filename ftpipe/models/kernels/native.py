@@ -1,6 +1,9 @@
-"""The element-wise parts of a decoder layer in compiled code (`native.c`): one pass over the data each, where torch takes one for every operation.
+"""The parts of a decoder layer in compiled code (`native*.c`).
 
-They are memory-bound, so what counts is how often the data pass by: a norm takes 5 passes in torch's operations and its backward pass 9, a gate 2 and 6.
+The element-wise parts are memory-bound, so what counts is how often the data pass by: a norm takes 5 passes in torch's operations and its backward pass 9, a
+gate 2 and 6, and each takes one here. Linear layers with LoRA and attention (bfloat16, on processors with AVX512-BF16 and no AMX) are a few calls a layer
+in place of a hundred, and their products do not wait for weights that come from memory.
+
 The code is compiled with the machine's C compiler when it is first wanted and kept in the user's cache folder; where that cannot be done everything is
 computed by torch's operations as before, only slower.
 """
@@ -16,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = sorted(Path(__file__).parent.glob("native*.[ch]"))
 DEFINES = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 """Types of tensors that it can be compiled for."""
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -46,8 +49,15 @@ _ARGUMENTS = {
     "norm": (_P, _P, _P, _F, _P, _P, _N, _N), "scaled": (_P, _P, _P, _P, _N, _N), "norm_backward": (_P, _P, _P, _P, _P, _P, _N, _N),
     "gate": (_P, _P, _N, _N), "gate_backward": (_P, _P, _P, _P, _N, _N),
     "gather": (_P, _P, _P, _P, _P, _N, _N, _N, _N), "gather_backward": (_P, _P, _P, _P, _P, _N, _N, _N, _N),
+    "rotate": (_P, _P, _P, _N, _N, _N, _N, ctypes.c_int),
     "causal_softmax": (_P, _P, _N, _N, _N, _N), "causal_softmax_backward": (_P, _P, _N, _N), "token_losses": (_P, _P, _P, _N, _N, ctypes.c_int),
 }
+_PRODUCTS = {
+    "project": (*[_P] * 8, _N, _N, _N, _P, _P), "input_backward": (*[_P] * 6, _N, _N, _N, _P, _P), "pair_backward": (*[_P] * 6, _N, _N, _N, _P, _P),
+    "attend": (*[_P, _N, _N] * 4, _P, _P, _N, _N, _N, _N, _F),
+    "attend_backward": (*[_P, _N, _N] * 4, *[_P] * 5, _N, _N, _N, _N, _F),
+}
+"""They return 0 if there is too little memory."""
 _loaded: dict[torch.dtype, Any] = {}
 _log = logging.getLogger(__name__)
 
@@ -67,6 +77,14 @@ def of(*tensors: Tensor) -> Any | None:
     if found is None or any(t.dtype != tensors[0].dtype or not t.is_cpu or not t.is_contiguous() for t in tensors):
         return None
     return found
+
+
+def products(*tensors: Tensor | None, even: Sequence[int] = ()) -> Any | None:
+    """The same if they have matrix products, which take pairs: `even` are the lengths that have to be so. A tensor may be missing."""
+    found = _loaded.get(tensors[0].dtype)
+    if found is None or not found.products or any(n % 2 for n in even):
+        return None
+    return of(*(t for t in tensors if t is not None))
 
 
 @contextmanager
@@ -91,23 +109,32 @@ def _library(dtype: torch.dtype) -> Any | None:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
+    found.products = bool(found.has_products())
+    for name, arguments in _PRODUCTS.items() if found.products else ():
+        function = getattr(found, name)
+        function.argtypes, function.errcheck = arguments, _enough
     return found
+
+
+def _enough(ok: int, *_: Any) -> None:
+    if not ok:
+        raise MemoryError("there is too little memory for a product")
 
 
 def _compiled(defines: tuple[str, ...]) -> Path:
     """The library for this source and processor, made if it is not there, whole. Raises OSError or SubprocessError."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftpipe"
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, defines, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(([s.read_bytes() for s in SOURCES], FLAGS, defines, _processor())).encode()).hexdigest()[:16]
     library = folder / f"native-{key}.so"
     if not library.exists() or not _whole(library.read_bytes()):
         compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            part, made = Path(work, "native.o"), Path(work, "native.so")
+            sources, made = [s for s in SOURCES if s.suffix == ".c"], Path(work, "native.so")
             # Linked without -fopenmp: with a set of OpenMP threads of its own beside torch's, each would wait, spinning, for processors that the other has.
-            for command in ([*compiler, *FLAGS, "-fopenmp", *defines, "-c", str(SOURCE), "-o", str(part)],
-                            [*compiler, "-shared", str(part), "-o", str(made), "-lm"]):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            for command in ([*compiler, *FLAGS, "-fopenmp", *defines, "-c", *map(str, sources)],
+                            [*compiler, "-shared", *(f"{s.stem}.o" for s in sources), "-o", str(made), "-lm"]):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, cwd=work)
             data = made.read_bytes()
             made.write_bytes(data + hashlib.sha256(data).digest())
             made.replace(library)
