@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ftpipe.models.kernels import attention, cross_entropy, native, rms_norm, swiglu  # noqa: E402
+from ftpipe.models.kernels import attention_rows, cross_entropy, native, rms_norm, swiglu  # noqa: E402
 
 LENGTHS, HEADS = (5, 9, 150, 300, 16, 1), (6, 2, 2)
 TOKENS = sum(LENGTHS)
@@ -69,21 +69,21 @@ def test_rows_of_heads_with_rotary_positions(dtype):
     angle = some(TOKENS, 4, dtype=torch.float32).repeat(1, 2)
     rotary = (angle.cos().to(dtype), angle.sin().to(dtype), 8)
     x = some(TOKENS, 10, 8, dtype=dtype)
-    rows, = same(lambda x: (attention.together(x, LENGTHS, HEADS, rotary),), x)
-    same(lambda r: (attention.apart(r, LENGTHS, HEADS, rotary),), rows)
-    plain = attention.together(x, LENGTHS, HEADS)
-    assert torch.equal(attention.apart(plain, LENGTHS, HEADS), x)
+    rows, = same(lambda x: (attention_rows.together(x, LENGTHS, HEADS, rotary),), x)
+    same(lambda r: (attention_rows.apart(r, LENGTHS, HEADS, rotary),), rows)
+    plain = attention_rows.together(x, LENGTHS, HEADS)
+    assert torch.equal(attention_rows.apart(plain, LENGTHS, HEADS), x)
     with native.aside():
-        assert torch.equal(attention.together(x, LENGTHS, HEADS), plain)
+        assert torch.equal(attention_rows.together(x, LENGTHS, HEADS), plain)
 
 
 def test_attention(dtype):
     q, k, v = (some(heads * TOKENS, 8, dtype=dtype, seed=heads + n) for n, heads in enumerate(HEADS))
 
     def both_ways(q, k, v):
-        out, kept = attention.attend(q, k, v, LENGTHS, 0.05, True)
+        out, kept = attention_rows.attend(q, k, v, LENGTHS, 0.05, True)
         grads = [torch.empty_like(t) for t in (q, k, v)]
-        attention.attend_backward(out, q, k, v, kept, LENGTHS, 0.05, grads)
+        attention_rows.attend_backward(out, q, k, v, kept, LENGTHS, 0.05, grads)
         return out, *grads
 
     same(both_ways, q, k, v, times=4)

@@ -133,6 +133,23 @@ def test_attention_is_nearer_to_the_truth_than_torchs(lengths, heads, d):
     assert miss(back, wanted[1]) < 1.02 * miss(other_back, wanted[1]) < 0.01
 
 
+def test_a_model_whose_layers_are_its_own_uses_it_as_well():
+    """Queries, keys and values as transformers hands them over, in tensors of their own."""
+    lengths, heads, d = (50, 213, 1), (6, 2, 2), 16
+    joined, rotary = heads_of(lengths, heads, d)
+    rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]), rotary[2])
+    grad = some(sum(lengths), heads[0] * d, seed=5)
+    out, back, _ = both_ways(joined, grad, lengths, heads, rotary)
+    parts = [t.transpose(0, 1).detach().requires_grad_() for t in joined.split(heads, 1)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        own = attention.PackedAttention.apply(*parts, lengths, d ** -0.5)
+    assert sum(kept) == joined.numel() + sum(lengths) * heads[0]  # no probabilities
+    assert torch.equal(own.transpose(0, 1).reshape(len(joined), -1), out)
+    found = torch.autograd.grad(own, parts, grad.view(len(joined), heads[0], d).transpose(0, 1))
+    assert torch.equal(torch.cat([t.transpose(0, 1) for t in found], 1).reshape(len(joined), -1), back)
+
+
 def test_a_sequence_does_not_depend_on_its_neighbours_nor_on_the_number_of_threads():
     lengths, heads, d = (50, 213, 1, 30), (6, 3, 3), 16
     joined, rotary = heads_of(lengths, heads, d)

@@ -15,7 +15,7 @@ int has_products(void)
 #ifdef PRODUCTS
 int omp_get_max_threads(void);
 
-enum { CHUNK = 2048, TERMS = 2 };
+enum { CHUNK = 2048, TERMS = 2, LINE = 64 / sizeof(T) };
 
 typedef struct { /* a[m, k] times b: its rows are the n columns of the product (`across`), or its rows are k. k of an `across` term is even. */
     const T *a; int64_t lda;
@@ -28,9 +28,9 @@ typedef struct { /* a[m, k] times b: its rows are the n columns of the product (
    next: columns of the panel after this one; while this one is computed, their weights are fetched from memory. */
 static void panel(const Term *terms, int count, const Target *to, int64_t from, int64_t end, int64_t column, int64_t width, int64_t next, T *packed)
 {
-    const int64_t step = tile_rows(end - from), line = terms->across ? 64 : terms->ldb * sizeof(T);
-    const char *ahead = (const char *)(terms->across ? terms->b + (column + COLUMNS) * terms->ldb : terms->b + column + COLUMNS);
-    int64_t lines = terms->across ? next * terms->ldb * sizeof(T) / 64 : next ? terms->k : 0, share = lines / ((end - from) / step + 1) + 1;
+    const int64_t step = tile_rows(end - from), line = terms->across ? LINE : terms->ldb;
+    const T *ahead = terms->across ? terms->b + (column + COLUMNS) * terms->ldb : terms->b + column + COLUMNS;
+    int64_t lines = terms->across ? next * terms->ldb / line : next ? terms->k : 0, share = lines / ((end - from) / step + 1) + 1;
     Piece pieces[TERMS];
     T *at = packed;
     for (int t = 0; t < count; at += even(terms[t++].k) * COLUMNS) {
@@ -38,7 +38,7 @@ static void panel(const Term *terms, int count, const Target *to, int64_t from, 
         pieces[t] = (Piece){ terms[t].a, terms[t].lda, even(terms[t].k) };
     }
     for (int64_t i = from; i < end; i += step) {
-        for (int64_t l = 0; l < share && lines > 0; l++, lines--, ahead += line) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int64_t l = 0; l < share && lines > 0; l++, lines--, ahead += line) __builtin_prefetch(ahead, 0, 2);
         tile(smaller(end - i, step), pieces, count, i, packed, to, column, width);
     }
 }
