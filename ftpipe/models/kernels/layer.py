@@ -1,9 +1,10 @@
 """A whole decoder layer as one differentiable function: norm, attention, norm and gated feed-forward layer with frozen weights, each linear layer
 perhaps with a LoRA.
 
-Some 400 small operations of a layer become 150, or 25 calls of compiled functions. The layers that read the same input (queries, keys and values; gate and up) are one matrix product, with one
-pair of thin products for the LoRA of all of them, and tensors that are cheap to compute again are not kept for the backward pass. It serves
-the layers of Llama, Mistral, Qwen 2, SmolLM and those built like them; `install` finds them by what they consist of and compares what they compute.
+Some 400 small operations of a layer become 150, or 25 calls of compiled functions. The layers that read the same input (queries, keys and values; gate and
+up) are one matrix product, with one pair of thin products for the LoRA of all of them, and tensors that are cheap to compute again are not kept for the
+backward pass. It serves the layers of Llama, Mistral, Qwen 2, SmolLM and those built like them; `install` finds them by what they consist of and compares
+what they compute.
 """
 
 from __future__ import annotations

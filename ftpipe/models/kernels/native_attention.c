@@ -1,13 +1,11 @@
 /* Causal attention over packed sequences: each sequence and key head by itself, 12 queries at a time, over the keys that they see.
 
-   Neither scores nor probabilities are kept: the backward pass computes them again from the logarithm of each query's sum, in float and not from rounded ones. */
+   Neither scores nor probabilities are kept: the backward pass computes them again from the logarithm of each query's sum, and does so in float. */
 
 #include "native_products.h"
 
 #ifdef PRODUCTS
 enum { BLOCK = 6 * COLUMNS }; /* queries whose probabilities exist at once in the backward pass */
-
-typedef struct { T *x; int64_t token, head; } Heads; /* x[token * t + head * h + (0 to d - 1)] */
 
 typedef struct { T *packed; int64_t panel; } Packed; /* panels of 32 columns, each of `panel` numbers */
 
@@ -28,14 +26,23 @@ static void times(const T *a, int64_t lda, int64_t k, int64_t row, int64_t rows,
 
 static int64_t room(int64_t length, int64_t d) { return whole(length, COLUMNS) * whole(d, COLUMNS); } /* numbers of what is packed either way */
 
-/* out = softmax(scale q k^T + causal mask) v of `count` sequences, which begin at starts[0] to starts[count - 1] and end where the next begins (starts[count]);
-   d numbers a head, d even; `heads` heads, a multiple of the `groups` key heads. logs[t, heads]: the logarithm of each query's sum of exponentials. */
-int attend(T *q, int64_t qt, int64_t qh, T *k, int64_t kt, int64_t kh, T *v, int64_t vt, int64_t vh, T *out, int64_t ot, int64_t oh, float *logs,
-           const int64_t *starts, int64_t count, int64_t heads, int64_t groups, int64_t d, float scale)
+/* Tokens of the longest sequence. */
+static int64_t most(const int64_t *starts, int64_t count)
 {
-    const int64_t each = heads / groups;
-    int64_t longest = 0, ok = 1;
-    for (int64_t s = 0; s < count; s++) longest = starts[s + 1] - starts[s] > longest ? starts[s + 1] - starts[s] : longest;
+    int64_t found = 0;
+    for (int64_t n = 0; n < count; n++)
+        if (starts[n + 1] - starts[n] > found) found = starts[n + 1] - starts[n];
+    return found;
+}
+
+/* out = softmax(scale q k^T + causal mask) v of `count` sequences, which begin at starts[0] to starts[count - 1] and end where the next begins (starts[count]);
+   number j of head h of token t is q[t * qt + h * qh + j], and so on; d numbers a head, d even; `heads` heads, a multiple of the `groups` key heads.
+   logs[t, heads]: the logarithm of each query's sum of exponentials. */
+int attend(const T *q, int64_t qt, int64_t qh, const T *k, int64_t kt, int64_t kh, const T *v, int64_t vt, int64_t vh, T *out, int64_t ot, int64_t oh,
+           float *logs, const int64_t *starts, int64_t count, int64_t heads, int64_t groups, int64_t d, float scale)
+{
+    const int64_t each = heads / groups, longest = most(starts, count);
+    int ok = 1;
     const int64_t ld = whole(longest, COLUMNS), size = 2 * room(longest, d) * sizeof(T), scores = ROWS * ld * sizeof(float);
     _Pragma("omp parallel reduction(&:ok)")
     {
@@ -79,12 +86,11 @@ int attend(T *q, int64_t qt, int64_t qh, T *k, int64_t kt, int64_t kh, T *v, int
 }
 
 /* Gradients of q, k and v from that of `out`; what is written to has the strides of what it belongs to. */
-int attend_backward(T *grad, int64_t gt, int64_t gh, T *q, int64_t qt, int64_t qh, T *k, int64_t kt, int64_t kh, T *v, int64_t vt, int64_t vh, const float *logs,
-                    T *dq, T *dk, T *dv, const int64_t *starts, int64_t count, int64_t heads, int64_t groups, int64_t d, float scale)
+int attend_backward(const T *grad, int64_t gt, int64_t gh, const T *q, int64_t qt, int64_t qh, const T *k, int64_t kt, int64_t kh, const T *v, int64_t vt,
+                    int64_t vh, const float *logs, T *dq, T *dk, T *dv, const int64_t *starts, int64_t count, int64_t heads, int64_t groups, int64_t d, float scale)
 {
-    const int64_t each = heads / groups;
-    int64_t longest = 0, ok = 1;
-    for (int64_t s = 0; s < count; s++) longest = starts[s + 1] - starts[s] > longest ? starts[s + 1] - starts[s] : longest;
+    const int64_t each = heads / groups, longest = most(starts, count);
+    int ok = 1;
     const int64_t ld = whole(longest, COLUMNS), block = smaller(ld, BLOCK), one = room(longest, d);
     const int64_t numbers = 3 * one + 2 * block * ld + 2 * d * block + COLUMNS * block, floats = 2 * ROWS * ld + 2 * d * ld;
     _Pragma("omp parallel reduction(&:ok)")
@@ -108,7 +114,8 @@ int attend_backward(T *grad, int64_t gt, int64_t gh, T *q, int64_t qt, int64_t q
                         const T *qs = q + (first + begin) * qt + h * qh, *gs = grad + (first + begin) * gt + h * gh;
                         for (int64_t i = 0; i < queries; i += step) {
                             const int64_t rows = smaller(queries - i, step), seen = begin + i + rows, all = smaller(whole(seen, COLUMNS), ld);
-                            const Target scores = { .c = s - i * ld, .ldc = ld, .wide = 1, .factor = scale }, above = { .c = dp - i * ld, .ldc = ld, .wide = 1, .factor = 1 };
+                            const Target scores = { .c = s - i * ld, .ldc = ld, .wide = 1, .factor = scale };
+                            const Target above = { .c = dp - i * ld, .ldc = ld, .wide = 1, .factor = 1 };
                             times(qs, qt, d, i, rows, keys, seen, &scores);
                             times(gs, gt, d, i, rows, values, seen, &above);
                             for (int64_t r = 0; r < rows; r++) {

@@ -47,7 +47,8 @@ static void panel(const Term *terms, int count, const Target *to, int64_t from, 
 static int computed(const Term *terms, int count, const Target *target, int64_t m, int64_t n)
 {
     const int64_t panels = whole(n, COLUMNS) / COLUMNS, threads = omp_get_max_threads();
-    int64_t parts = panels < threads ? (threads + panels - 1) / panels : 1, k = 0, ok = 1;
+    int64_t parts = panels < threads ? (threads + panels - 1) / panels : 1, k = 0;
+    int ok = 1;
     if (parts * 4 * ROWS > m) parts = m / (4 * ROWS) ? m / (4 * ROWS) : 1;
     const int64_t rows = whole((m + parts - 1) / parts, ROWS);
     for (int t = 0; t < count; t++) k += even(terms[t].k);
