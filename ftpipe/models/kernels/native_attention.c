@@ -87,7 +87,8 @@ int attend(const T *q, int64_t qt, int64_t qh, const T *k, int64_t kt, int64_t k
 
 /* Gradients of q, k and v from that of `out`; what is written to has the strides of what it belongs to. */
 int attend_backward(const T *grad, int64_t gt, int64_t gh, const T *q, int64_t qt, int64_t qh, const T *k, int64_t kt, int64_t kh, const T *v, int64_t vt,
-                    int64_t vh, const float *logs, T *dq, T *dk, T *dv, const int64_t *starts, int64_t count, int64_t heads, int64_t groups, int64_t d, float scale)
+                    int64_t vh, const float *logs, T *dq, T *dk, T *dv, const int64_t *starts, int64_t count, int64_t heads, int64_t groups, int64_t d,
+                    float scale)
 {
     const int64_t each = heads / groups, longest = most(starts, count);
     int ok = 1;

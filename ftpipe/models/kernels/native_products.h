@@ -1,7 +1,7 @@
 /* Matrix products of bfloat16, for processors that multiply pairs of it (AVX512-BF16) and have no unit for whole tiles (AMX), for which oneDNN is faster.
 
    A product is a sum of terms a b, each with a length k of its own, over which they are one chain of additions: x W^T + low B^T costs what one product does.
-   The right-hand side is packed 32 columns at a time, pairs of k next to each other, and a tile of 12 rows by 32 columns stays in registers over the whole of k.
+   The right-hand side is packed 32 columns at a time, pairs of k next to each other, and a tile of 12 rows by 32 columns stays in registers over all of k.
    A result depends on its row and its column only, not on how many others there are or which thread computes it. */
 
 #pragma once
