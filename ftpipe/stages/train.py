@@ -24,7 +24,7 @@ from ftpipe.train.setup import Job
 
 ENDS = ("epochs", "steps", "tokens", "seconds")
 """The settings that say when training ends."""
-CPU_TOKENS, GPU_TOKENS, ROWS_PER_STEP = 768, 4096, 16
+CPU_TOKENS, GPU_TOKENS, ROWS_PER_STEP = 1280, 4096, 16
 
 
 class Train(Stage):
@@ -56,7 +56,7 @@ class Train(Stage):
     rows_per_step: int | None = Field(default=None, ge=1, description="Rows in one optimizer step, over all ranks; 16 if tokens_per_step is not set either.")
     tokens_per_step: int | None = Field(default=None, ge=1, description="Most tokens in one optimizer step, over all ranks.")
     batch_tokens: int | None = Field(default=None, ge=1, description="Most tokens in one micro-batch: memory against speed, without effect on what is learnt. "
-                                     "768 on a CPU, 4096 on a GPU if not set. On a CPU two that share it may be computed side by side.")
+                                     "1280 on a CPU, 4096 on a GPU if not set. On a CPU two that share it may be computed side by side.")
     max_tokens: int | None = Field(default=None, ge=2, description="Longer rows are left out, with that reason; the model's context if not set.")
     shuffle: bool = Field(default=True, description="Draw the order of each epoch anew; false keeps the order of the rows.")
     packing: bool = Field(default=True, description="Let rows share a sequence (they do not see each other); false gives each its own.")
